@@ -1,0 +1,36 @@
+# Every target sets up what it needs in .venv. PYTHON chooses the interpreter (3.10 or newer).
+PYTHON ?= python3
+BIN = .venv/bin
+
+.DEFAULT_GOAL = help
+.PHONY: help demo test bench lint docs clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 8
+
+# `make demo ARGS="--seed 1"` passes options on; ARGS=--help lists them.
+demo: .venv/examples  ## train a small translation model on six languages, with and without surgery; writes pictures
+	$(BIN)/python -m examples.translation $(ARGS)
+
+test: lint  ## lint, type check, and all tests with coverage
+	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+
+lint: .venv/test  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/bench  ## the figures of the README, as ratios measured in one run
+	$(BIN)/python -m benchmarks $(ARGS)
+
+docs: .venv/docs  ## the reference of the public interface, as HTML in out/docs
+	$(BIN)/pdoc -o out/docs gradsurgery
+
+clean:  ## remove the environment and everything that was written
+	rm -rf .venv out build dist *.egg-info
+
+# One marker file per extra, so that each is installed once.
+.venv/%: setup.cfg constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$*]"
+	touch $@

@@ -1,0 +1,35 @@
+"""Gradient surgery for PyTorch: train one model on many tasks that pull against each other.
+
+Wrap the optimizer you have, give it the loss of each task, and a rule operates on the tasks' gradients before it steps:
+
+>>> import torch, gradsurgery as gs
+>>> model = torch.nn.Linear(4, 2)
+>>> opt = gs.SurgeryOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-3), rule=gs.GradVac(beta=1e-2), model=model)
+>>> x = torch.randn(8, 4)
+>>> opt.backward({"en-fr": model(x)[:, 0].square().mean(), "en-hi": model(x)[:, 1].mean()})
+>>> opt.step(); opt.zero_grad()
+"""
+
+from . import sources
+from ._operate import operate
+from ._optimizer import SurgeryOptimizer
+from ._rule import Rule, State
+from ._step import Step
+from .rules import MGDA, Chain, GradVac, Mean, PCGrad, Sum
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MGDA",
+    "Chain",
+    "GradVac",
+    "Mean",
+    "PCGrad",
+    "Rule",
+    "State",
+    "Step",
+    "Sum",
+    "SurgeryOptimizer",
+    "operate",
+    "sources",
+]

@@ -1,0 +1,174 @@
+"""The per-task gradient buffer: where rows are kept, and the two passes over them.
+
+Row ``k`` of a parameter holds ``dL_k/dp``. A row that is not there is *absent*, which is not the same as zero. The rows of
+a parameter lie next to each other in one block ``[k, ...]`` wherever the tasks that will reach it can be foreseen from the
+step before, and both passes read them where they are. Elsewhere (in a first step, in half precision) the passes gather
+some hundred thousand coordinates at a time. There never is a second copy of the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_CPU_CHUNK = 1 << 17  # coordinates of each row that are gathered at a time: few enough for the cache,
+_CHUNK = 1 << 22  # and on other devices, many enough to hide the launches
+
+
+class Rows:
+    """The per-task gradients of one parameter."""
+
+    def __init__(self) -> None:
+        self.of: dict[int, Tensor] = {}
+        """Task → gradient. Of the parameter's shape, until :meth:`align` may reduce it to the indices in use."""
+        self._layout: tuple[int, ...] = ()  # the tasks that the block has place for, in this order
+        self._block: Tensor | None = None
+        self._inside: set[int] = set()  # the tasks whose row is the block's
+        self._owned = False  # whether the block is ours to add to; what autograd returns may be shared
+        self._sparse: tuple[Tensor, torch.Size] | None = None  # the indices that aligned rows stand for, and their shape
+
+    @property
+    def tasks(self) -> tuple[int, ...]:
+        """The tasks that reached the parameter, in increasing order."""
+        return tuple(sorted(self.of))
+
+    def add(self, task: int, gradient: Tensor) -> None:
+        """Adds a gradient to the task's row. The tensor may be kept, and is not modified."""
+        old = self.of.get(task)
+        if old is None:
+            self.of[task] = self._placed(task, gradient)
+        elif self._owned and task in self._inside:
+            old.add_(gradient)
+        else:
+            self.of[task] = gradient + old if old.is_sparse else old + gradient
+            self._inside.discard(task)
+
+    def _placed(self, task: int, gradient: Tensor) -> Tensor:
+        """The gradient, copied to its place in the block if it has one."""
+        if task not in self._layout or len(self._layout) < 2 or gradient.is_sparse:
+            return gradient
+        if self._block is None:
+            self._block, self._owned = gradient.new_empty((len(self._layout), *gradient.shape)), True
+        if not self._owned:
+            return gradient
+        self._inside.add(task)
+        return self._block[self._layout.index(task)].copy_(gradient)
+
+    def add_block(self, tasks: Sequence[int], block: Tensor) -> None:
+        """Adds the gradients ``[len(tasks), ...]`` of several tasks, in increasing order. The block may be kept."""
+        if self.of:
+            for task, gradient in zip(tasks, block, strict=True):
+                self.add(task, gradient)
+        else:
+            self._layout, self._block, self._inside, self._owned = tuple(tasks), block.contiguous(), set(tasks), False
+            self.of = dict(zip(tasks, self._block, strict=True))
+
+    def drop(self, task: int) -> None:
+        """Forgets a task's row, as if the task had not reached the parameter."""
+        self.of.pop(task, None)
+        self._inside.discard(task)
+
+    def clear(self) -> None:
+        """Frees the rows, and remembers which tasks they belonged to."""
+        self._layout = self.tasks or self._layout
+        self.of, self._block, self._inside, self._owned, self._sparse = {}, None, set(), False, None
+
+    def align(self) -> None:
+        """Brings rows of mixed layout into one form: sparse ones to dense values over the union of their indices."""
+        rows = self.of
+        sparse = [row.is_sparse for row in rows.values()]
+        if not any(sparse):
+            return
+        if not all(sparse):
+            self.of = {task: row.to_dense() if row.is_sparse else row for task, row in rows.items()}
+            return
+        rows = {task: row.coalesce() for task, row in rows.items()}
+        shape = next(iter(rows.values())).shape
+        indices = torch.cat([row.indices() for row in rows.values()], 1)
+        zeros = torch.cat([torch.zeros_like(row.values()) for row in rows.values()])
+        union = torch.sparse_coo_tensor(indices, zeros, shape, check_invariants=False).coalesce()
+        self._sparse = union.indices(), shape
+        self.of = {task: (union + row).coalesce().values() for task, row in rows.items()}  # all with the union's indices
+
+    def chunks(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """The aligned rows, as real matrices ``[k, n]`` over consecutive coordinates. A complex one counts as two."""
+        whole = len(self._inside) == len(self.of) == len(self._layout)
+        if self._block is not None and whole and self._block.dtype == dtype:
+            yield self._block.reshape(len(self.of), self._block[0].numel())
+            return
+        rows = [_real(self.of[task]).reshape(-1) for task in self.tasks]
+        length = _CPU_CHUNK if rows[0].device.type == "cpu" else _CHUNK
+        for start in range(0, rows[0].numel(), length):
+            yield torch.stack([row[start : start + length] for row in rows]).to(dtype)
+
+    def combine(self, coefficients: Tensor) -> Tensor:
+        """``sum_k c_k row_k``, of the parameter's shape, given the tasks' coefficients ``[k]`` in order."""
+        like = next(iter(self.of.values()))
+        result = torch.empty_like(like, memory_format=torch.contiguous_format)
+        flat = _real(result).view(-1)
+        coefficients = coefficients.to(like.device, torch.float64 if _is_double(like) else torch.float32)
+        start = 0
+        for chunk in self.chunks(coefficients.dtype):
+            end = start + chunk.shape[1]
+            if flat.dtype == chunk.dtype:
+                torch.mv(chunk.T, coefficients, out=flat[start:end])
+            else:
+                flat[start:end] = torch.mv(chunk.T, coefficients)
+            start = end
+        return self._restored(result)
+
+    def alone(self) -> Tensor:
+        """The row of the only task, as it is, in a tensor of its own."""
+        (row,) = self.of.values()
+        return self._restored(row.clone())
+
+    def _restored(self, values: Tensor) -> Tensor:
+        if self._sparse is None:
+            return values
+        indices, shape = self._sparse
+        return torch.sparse_coo_tensor(indices, values, shape, is_coalesced=True, check_invariants=False)
+
+
+def gram(parameters: Sequence[Rows]) -> Tensor:
+    """The Gram matrix ``[k, k]`` of the rows of several parameters that the same ``k`` tasks reached.
+
+    In float64, from products in float32 at least. Float32 products are used on the CPU only, where they cost much less and
+    where it can be seen at once whether they left the range of float32; then, and everywhere else, float64 is used.
+    """
+    double = any(_is_double(row) for rows in parameters for row in rows.of.values())
+    device = next(iter(parameters[0].of.values())).device
+    if device.type == "mps":  # has no float64
+        return _gram(parameters, torch.float32, device)
+    if device.type == "cpu" and not double and _products_are_exact():
+        result = _gram(parameters, torch.float32, device)
+        squares = result.diagonal()
+        if bool(((squares > 1e-24) & (squares < 1e37)).all()):
+            return result
+    return _gram(parameters, torch.float64, device)
+
+
+def _gram(parameters: Sequence[Rows], dtype: torch.dtype, device: torch.device) -> Tensor:
+    parts = [(chunk @ chunk.T).to(device) for rows in parameters for chunk in rows.chunks(dtype)]
+    if not parts:  # parameters without any element
+        return torch.zeros([len(parameters[0].of)] * 2, dtype=dtype, device=device)
+    result = torch.stack(parts)
+    return (result if device.type == "mps" else result.double()).sum(0)
+
+
+def _products_are_exact() -> bool:
+    # A user may have allowed bfloat16 inside float32 matrix products; that must not reach the cosines.
+    mkldnn: Any = torch.backends.mkldnn
+    backends = mkldnn.matmul, mkldnn, torch.backends
+    chosen = (str(backend.fp32_precision) for backend in backends)
+    return next((precision for precision in chosen if precision != "none"), "ieee") == "ieee"
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def _is_double(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.float64, torch.complex128)

@@ -1,0 +1,448 @@
+"""The optimizer wrapper."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar, overload
+
+import torch
+from torch import Tensor, nn
+
+from ._buffer import Rows
+from ._groups import Groups, GroupSpec, partition, unwrap
+from ._losses import Losses, read_losses
+from ._names import parameter_names
+from ._plan import Plan, Reach
+from ._rule import Rule, State, implements
+from ._state import carried, check_match, guarded, loaded
+from ._step import Step
+from .sources import Autograd, Batched, Root, Source
+
+T = TypeVar("T")
+
+_log = logging.getLogger("gradsurgery")
+
+
+class SurgeryOptimizer(torch.optim.Optimizer):
+    """Wraps an optimizer, and lets a rule operate on the tasks' gradients before it steps.
+
+    One training step is:
+
+    1. :meth:`backward` turns each task's loss into a row of gradients, ``dL_k/dp``; several calls add up.
+    2. :meth:`combine` multiplies the rows of each surgery group with each other, which gives its Gram matrix;
+    3. the rule turns all Gram matrices ``[G, K, K]`` into mixing matrices;
+    4. the mixed rows are added to ``p.grad``, and freed.
+    5. :meth:`step` steps the optimizer inside. It combines first if that is still due.
+
+    Parameters that one task alone reaches get that task's gradient as it is. Frozen parameters, and those that no task
+    reaches, keep ``grad is None``.
+
+    Args:
+        optimizer: any ``torch.optim.Optimizer``. Its ``param_groups``, ``state`` and ``defaults`` are this one's too.
+        rule: what happens to the gradients, such as ``GradVac()`` or ``Chain(PCGrad(), Mean())``.
+        model: gives parameters their names, for groups, checkpoints and messages. To be wrapped around everything that is
+            trained: put a model and a loss with parameters of its own into one ``nn.ModuleList``.
+        groups: the surgery groups. ``"model"``: one for all; ``"layer"``: one for each repeated block (an item of a
+            ModuleList or Sequential, at the outermost such level), other parameters by top-level child; ``"module"``: one
+            for each module that holds parameters; ``"tensor"``: one for each parameter; a mapping from names to lists of
+            patterns (the first group that matches; what matches none is in ``"(rest)"``); or a function
+            ``(name, parameter) -> group name``.
+        tasks: names of the tasks; learned from the first call of :meth:`backward` otherwise.
+        source: how per-task gradients are computed. ``"autograd"``: one backward pass per loss; ``"batched"``: one
+            vectorised pass.
+        chunk_size: for ``source="batched"``, how many losses at a time; None means all.
+        nonfinite: what a gradient that is inf or nan does. ``"propagate"``: it shows up in ``p.grad``, which is what
+            ``GradScaler`` looks for, and the rule's state stays as it was; ``"raise"``: an error names the task and the
+            parameter; ``"skip"``: the task sits out this step, counted in :attr:`skipped` and logged. The last two look at
+            every gradient and wait for the device.
+        seed: of the generator that random rules draw from.
+
+    Attributes:
+        optimizer: the optimizer inside.
+        groups: the partition of the parameters; prints as a table.
+        last: the :class:`Step` that the last combination saw, or None.
+        skipped: how often each task sat out a step.
+
+    Raises:
+        TypeError: if ``optimizer`` or ``rule`` is of another type.
+        ValueError: for unknown settings, repeated tasks, and a model and an optimizer that hold different parameters.
+
+    Example:
+        >>> import torch, gradsurgery as gs
+        >>> model = torch.nn.Linear(2, 1)
+        >>> opt = gs.SurgeryOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), gs.PCGrad(), model=model)
+        >>> x = torch.randn(8, 2)
+        >>> opt.backward({"up": -model(x).mean(), "down": model(x).square().mean()})
+        >>> opt.step()
+        >>> opt.zero_grad()
+        >>> opt.groups
+        group  tensors  parameters
+        model        2           3  weight, bias
+
+    Note:
+        ``backward`` frees the graph after the last loss, as ``Tensor.backward`` does. If every task has a forward pass of
+        its own, one call per task keeps one graph at a time in memory. Gradients reach neither hooks that fire on
+        accumulation (``register_post_accumulate_grad_hook``) nor reentrant activation checkpointing
+        (``use_reentrant=True``, which PyTorch cannot combine with gradients by name).
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        rule: Rule,
+        *,
+        model: nn.Module | None = None,
+        groups: GroupSpec = "model",
+        tasks: Iterable[str] | None = None,
+        source: str = "autograd",
+        chunk_size: int | None = None,
+        nonfinite: str = "propagate",
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"`optimizer` must be a torch.optim.Optimizer. Found {type(optimizer).__name__}.")
+        if isinstance(optimizer, SurgeryOptimizer):
+            raise TypeError("`optimizer` is a SurgeryOptimizer already. To apply several rules, use Chain(rule, rule).")
+        if not isinstance(rule, Rule):
+            raise TypeError(f"`rule` must be a gradsurgery rule, such as PCGrad(). Found {rule!r}.")
+        if nonfinite not in ("propagate", "raise", "skip"):
+            raise ValueError(f"`nonfinite` must be 'propagate', 'raise' or 'skip'. Found {nonfinite!r}.")
+        self.optimizer = optimizer
+        self.rule = rule
+        self.nonfinite = nonfinite
+        self.last: Step | None = None
+        self.skipped: dict[str, int] = {}
+        self._source = _source(source, chunk_size)
+        self._model = None if model is None else unwrap(model)
+        self._spec = groups
+        self._tasks: tuple[str, ...] | None = None
+        self._rule_state: State = {}
+        self._scale: Tensor | None = None  # of the losses, by a GradScaler
+        self._losses = torch.empty(0)
+        self._set_parameters()
+        self._generator = torch.Generator(self._device).manual_seed(seed)
+        if tasks is not None:
+            self._set_tasks(tasks)
+        super().__setstate__({})  # what an Optimizer needs beside its parameters: hooks, and the patched step
+
+    # --- What makes it an Optimizer: everything but the gradients is the inner one's. ---------------------------------
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The inner optimizer's parameter groups (in PyTorch's sense)."""
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The inner optimizer's state. The rule's is :attr:`rule_state`."""
+        return self.optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The inner optimizer's defaults."""
+        return self.optimizer.defaults
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a parameter group to the inner optimizer. Surgery groups keep their state by name.
+
+        Raises:
+            RuntimeError: between ``backward`` and ``combine``.
+        """
+        if self.due:
+            raise RuntimeError("add_param_group() between backward() and combine(): step, or zero_grad(), first.")
+        self.optimizer.add_param_group(param_group)
+        old, state = self.groups, self._rule_state
+        self._set_parameters()
+        if self._tasks is not None:
+            self._rule_state = carried(state, list(old), self._fresh_state(), list(self.groups))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Resets ``p.grad``, and forgets gradients that have not been combined."""
+        self.optimizer.zero_grad(set_to_none)
+        self._forget()
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], T]) -> T: ...
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Combines if that is still due, and steps the inner optimizer.
+
+        Args:
+            closure: evaluates the losses, calls :meth:`backward`, and returns the value that the inner optimizer wants.
+        """
+        if closure is None:
+            self.combine()
+            return self.optimizer.step()
+
+        def evaluate() -> Any:
+            with torch.enable_grad():
+                value = closure()
+            self.combine()
+            return value
+
+        return self.optimizer.step(evaluate)
+
+    # --- Per-task gradients -------------------------------------------------------------------------------------------
+
+    def backward(self, losses: Losses, *, scaler: torch.amp.GradScaler | None = None, retain_graph: bool = False) -> None:
+        """Computes each task's gradients, and adds them to its rows.
+
+        Args:
+            losses: task → scalar loss; or one scalar loss per task, in order; or a 1-D tensor of them. A step may hold
+                only some of the tasks; in a sequence, None marks the others.
+            scaler: a ``GradScaler``: the gradients are those of the scaled losses, while rules see them unscaled. Call
+                :meth:`combine` before ``scaler.unscale_`` or ``scaler.step``. Losses scaled by hand,
+                ``scaler.scale(loss)``, also work with rules for which a common factor makes no difference.
+            retain_graph: keep the graph of the last loss too.
+
+        Raises:
+            ValueError: without losses, and for a loss that is no scalar, has no graph, is of an unknown task, or reaches
+                none of the parameters.
+
+        Note:
+            In a 1-D tensor, each task reaches whatever the tensor depends on, except directly behind ``torch.stack`` or
+            ``torch.cat`` where the tasks are still apart. With heads of their own, pass a mapping.
+        """
+        found = read_losses(losses, self._tasks)
+        if self._tasks is None:
+            self._set_tasks(loss.name for loss in found)
+        assert self._tasks is not None
+        index = {name: k for k, name in enumerate(self._tasks)}
+        here = self._index(tuple(index[loss.name] for loss in found))
+        zeros = torch.zeros(len(self._tasks), dtype=self._dtype, device=self._device)
+        values = zeros.index_put((here,), torch.stack([loss.value.detach().reshape(()).to(zeros) for loss in found]))
+        present = torch.zeros_like(values, dtype=torch.bool).index_fill(0, here, True)
+
+        factors = torch.ones_like(values)
+        if implements(self.rule, "weigh"):
+            factors, self._rule_state = self.rule.weigh(values, self._rule_state, active=present)
+        if scaler is not None:
+            self._scale = scaler.scale(torch.ones((), device=self._device))
+            factors = factors * self._scale
+        roots = [
+            Root(index[loss.name], loss.name, loss.output, factors[index[loss.name]].to(loss.value).expand(loss.shape))
+            for loss in found
+        ]
+        trained = [p for p, parameter in enumerate(self._parameters) if parameter.requires_grad]
+        self._source(
+            roots, [self._parameters[p] for p in trained], [self._rows[p] for p in trained], retain_graph=retain_graph
+        )
+        self._losses = torch.where(present, self._losses.nan_to_num(0) + values, self._losses)
+        self.due = True
+
+    @torch.no_grad()
+    def combine(self) -> None:
+        """Lets the rule operate on the rows, adds the result to ``p.grad``, and frees the rows.
+
+        Does nothing if nothing is due. Call it yourself before anything that reads ``p.grad`` ahead of the step, such as
+        ``clip_grad_norm_`` or ``GradScaler``.
+
+        Raises:
+            FloatingPointError: with ``nonfinite="raise"``, for a gradient that is inf or nan.
+        """
+        if not self.due:
+            return
+        assert self._tasks is not None
+        for rows in self._rows:
+            rows.align()
+        if self.nonfinite != "propagate":
+            self._check_finite()
+        plan = self._plan()
+        steps = []
+        for level in plan.levels:
+            gram = level.gram(self._rows, self._dtype)
+            if self._scale is not None:
+                gram = gram / self._scale.to(gram) ** 2
+            mixing, state = self.rule.mix(
+                gram, self._rule_state, active=None if level.full else level.active, generator=self._generator
+            )
+            self._rule_state = guarded(gram, old=self._rule_state, new=state)
+            steps.append((gram, mixing))
+            coefficients = (mixing * level.active[:, :, None]).sum(-2)
+            for p, combined in level.combine(self._rows, coefficients):
+                self._write(p, combined)
+        for p in plan.alone:
+            self._write(p, self._rows[p].alone())
+            self._rows[p].clear()
+        self.last = plan.record(steps, self._losses)
+        self._forget()
+        if implements(self.rule, "observe"):
+            self._rule_state = self.rule.observe(self.last, self._rule_state)
+
+    def _write(self, p: int, combined: Tensor) -> None:
+        parameter = self._parameters[p]
+        if parameter.grad is None:
+            parameter.grad = combined
+        elif parameter.grad.is_sparse and not combined.is_sparse:
+            parameter.grad = combined + parameter.grad
+        else:
+            parameter.grad.add_(combined)
+
+    # --- State ------------------------------------------------------------------------------------------------------
+
+    @property
+    def tasks(self) -> tuple[str, ...] | None:
+        """Names of the tasks; None until they are known."""
+        return self._tasks
+
+    @property
+    def rule_state(self) -> State:
+        """What the rule remembers."""
+        return self._rule_state
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimizer's state, and under ``"surgery"`` the rule's: its state, the random generator, and the names
+        of tasks and groups. Gradients are not in it: save after a step."""
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state = self.optimizer.state_dict()
+        state["surgery"] = {
+            **self._identity(),
+            "state": self._rule_state,
+            "generator": self._generator.get_state(),
+            "skipped": dict(self.skipped),
+        }
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            replaced = post_hook(self, state)
+            state = state if replaced is None else replaced
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues from a checkpoint, bit for bit.
+
+        Raises:
+            ValueError: if the checkpoint has another rule, other tasks or other groups, or is one of a plain optimizer.
+        """
+        state_dict = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, state_dict)
+            state_dict = state_dict if replaced is None else dict(replaced)
+        surgery = state_dict.pop("surgery", None)
+        if surgery is None:
+            raise ValueError(
+                "This is the checkpoint of a plain optimizer: it has no entry 'surgery'. To start surgery from it, load it "
+                "with opt.optimizer.load_state_dict(...)."
+            )
+        check_match(surgery, self._identity())
+        tasks = None if surgery["tasks"] is None else tuple(surgery["tasks"])
+        state = None if tasks is None else loaded(surgery["state"], self._fresh_state(tasks))
+        self.optimizer.load_state_dict(state_dict)
+        if tasks is not None and state is not None:
+            self._set_tasks(tasks)
+            self._rule_state = state
+        self._generator.set_state(surgery["generator"].cpu())
+        self.skipped = dict(surgery["skipped"])
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Gradients are not saved; `step` may be a scheduler's wrapper that is bound to this very object.
+        left_out = ("_rows", "_plans", "_indices", "step", "last")
+        return {key: value for key, value in self.__dict__.items() if key not in left_out and "_hooks" not in key}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.last = None
+        self._set_parameters()
+
+    def __repr__(self) -> str:
+        tasks = "not known yet" if self._tasks is None else ", ".join(self._tasks)
+        lines = [
+            f"rule: {self.rule}",
+            f"tasks: {tasks}",
+            f"source: {self._source}",
+            *f"groups:\n  {self.groups!r}".replace("\n", "\n  ").split("\n"),
+            *f"optimizer: {self.optimizer!r}".split("\n"),
+        ]
+        return "SurgeryOptimizer(\n  " + "\n  ".join(lines) + "\n)"
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "rule": repr(self.rule),
+            "tasks": None if self._tasks is None else list(self._tasks),
+            "groups": {group: list(names) for group, names in self.groups.items()},
+        }
+
+    def _set_parameters(self) -> None:
+        named = parameter_names(self.optimizer, self._model)
+        self._names, self._parameters = list(named), list(named.values())
+        self.groups: Groups = partition(self._spec, named, self._model)
+        index = {name: g for g, group in enumerate(self.groups) for name in self.groups[group]}
+        self._group_of = [index[name] for name in self._names]
+        self._device = self._parameters[0].device
+        self._dtype = torch.float32 if self._device.type == "mps" else torch.float64  # of Gram matrices and states
+        self._rows = [Rows() for _ in self._parameters]
+        self._plans: dict[Reach, Plan] = {}
+        self._indices: dict[tuple[int, ...], Tensor] = {}
+        self._forget()
+
+    def _set_tasks(self, tasks: Iterable[str]) -> None:
+        names = tuple(tasks)
+        if twice := sorted({repr(name) for name in names if names.count(name) > 1}):
+            raise ValueError(f"`tasks` must be distinct. Found {', '.join(twice)} more than once.")
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"`tasks` must be names, at least one. Found {names!r}.")
+        self._rule_state = self._fresh_state(names)
+        self._tasks = names
+        self._plans.clear()
+        self._forget()
+
+    def _fresh_state(self, tasks: tuple[str, ...] | None = None) -> State:
+        tasks = tasks or self._tasks or ()
+        return self.rule.init(tasks, tuple(self.groups), device=self._device, dtype=self._dtype)
+
+    def _forget(self) -> None:
+        for rows in self._rows:
+            rows.clear()
+        self.due = False
+        """Whether there are gradients that have not been combined."""
+        self._scale = None
+        self._losses = torch.full((len(self._tasks or ()),), torch.nan, dtype=self._dtype, device=self._device)
+
+    def _index(self, tasks: tuple[int, ...]) -> Tensor:
+        if tasks not in self._indices:
+            self._indices[tasks] = torch.tensor(tasks, device=self._device)
+        return self._indices[tasks]
+
+    def _plan(self) -> Plan:
+        assert self._tasks is not None
+        reach = tuple(rows.tasks for rows in self._rows)
+        if reach not in self._plans:
+            if len(self._plans) >= 256:
+                self._plans.clear()
+            self._plans[reach] = Plan(reach, self._group_of, tuple(self.groups), self._tasks, self._device)
+        return self._plans[reach]
+
+    def _check_finite(self) -> None:
+        assert self._tasks is not None
+        places = [(task, p) for p, rows in enumerate(self._rows) for task in rows.tasks]
+        finite = torch.stack([self._rows[p].of[task].isfinite().all().to(self._device) for task, p in places]).tolist()
+        bad = [place for place, fine in zip(places, finite, strict=True) if not fine]
+        if bad and self.nonfinite == "raise":
+            task, p = bad[0]
+            raise FloatingPointError(
+                f"The gradient of task {self._tasks[task]!r} for parameter {self._names[p]!r} holds inf or nan"
+                + (f", and so do {len(bad) - 1} more." if len(bad) > 1 else ".")
+            )
+        for task in sorted({task for task, _ in bad}):
+            name = self._tasks[task]
+            self.skipped[name] = self.skipped.get(name, 0) + 1
+            first = next(self._names[p] for k, p in bad if k == task)
+            _log.warning(
+                "task %r sits out this step (%d so far): its gradient for %r holds inf or nan",
+                name, self.skipped[name], first,
+            )  # fmt: skip
+            for rows in self._rows:
+                rows.drop(task)
+
+
+def _source(name: str, chunk_size: int | None) -> Source:
+    if name == "batched":
+        return Batched(chunk_size)
+    if name != "autograd":
+        raise ValueError(f"`source` must be 'autograd' or 'batched'. Found {name!r}.")
+    if chunk_size is not None:
+        raise ValueError(f"`chunk_size` belongs to source='batched'. Found chunk_size={chunk_size!r} without it.")
+    return Autograd()

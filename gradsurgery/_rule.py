@@ -1,0 +1,111 @@
+"""The contract between per-task gradients and the rules that operate on them.
+
+Vocabulary, used in every shape of this library: ``K`` tasks, ``G`` surgery groups, ``D`` coordinates of a group.
+
+A rule never sees a gradient. Each surgery group hands it the Gram matrix of its rows, ``gram[g, i, j] = <g_i, g_j>``, and
+the rule answers with a *mixing matrix* ``M``: task ``i``'s gradient becomes ``g'_i = sum_j M[g, i, j] g_j``. The gradient
+that is stepped on is ``sum_i g'_i``. So the parameters are read twice whatever the rule, a rule is a few lines on small
+matrices that are batched over all groups, and two rules compose by multiplying their matrices.
+
+>>> import torch, gradsurgery as gs
+>>> jacobian = torch.tensor([[1.0, 1.0], [-1.0, 0.0]])  # [K, D]: two tasks in conflict
+>>> gs.operate(jacobian, gs.PCGrad())
+tensor([-0.5000,  1.5000])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ._step import Step
+
+State: TypeAlias = dict[str, Any]
+"""What a rule remembers: a dictionary of tensors (or of such dictionaries). A tensor that describes surgery groups has
+``G`` as its first dimension; it is then kept by group name when groups are added or a checkpoint is loaded."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Base class of all rules, and the identity: every moment does nothing unless a subclass says otherwise.
+
+    Subclass as a frozen dataclass whose fields are the settings, checked in ``__post_init__``; equality, ``repr`` and
+    pickling come for free. Everything that changes during training lives in the state, which is made by :meth:`init`,
+    passed in and returned, never kept on the rule. Randomness comes from the given generator only.
+
+    Laws, each with a test of the same name:
+
+    * **batched**: ``mix`` on ``[G, K, K]`` equals ``mix`` on each group alone;
+    * **absent**: rows and columns of a task that is not active are those of the identity, no other entry depends on that
+      task, and the state of its pairs stays bit for bit as it was;
+    * **pure**: neither the arguments nor the rule are modified;
+    * **finite**: a finite positive semi-definite Gram matrix, whatever its rank and scale, gives finite mixing matrices;
+    * **device**: no value is read back to the host (on the CPU, where that costs nothing, it may be).
+    """
+
+    def init(
+        self,
+        tasks: Sequence[str],
+        groups: Sequence[str],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float64,
+    ) -> State:
+        """Returns the state before the first step.
+
+        Args:
+            tasks: names of the ``K`` tasks.
+            groups: names of the ``G`` surgery groups.
+            device: where the Gram matrices will be.
+            dtype: dtype of the Gram matrices.
+
+        Raises:
+            ValueError: if the settings name a task that is not among ``tasks``.
+        """
+        return {}
+
+    def weigh(self, losses: Tensor, state: State, *, active: Tensor | None = None) -> tuple[Tensor, State]:
+        """Before the backward pass: returns detached weights ``[K]`` for the losses.
+
+        Args:
+            losses: detached losses ``[K]``; an absent task's entry is zero.
+            state: the rule's state.
+            active: ``[K]``, which tasks this step holds; None means all.
+        """
+        return torch.ones_like(losses), state
+
+    def mix(
+        self, gram: Tensor, state: State, *, active: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, State]:
+        """Once the gradients are there: returns mixing matrices ``[G, K, K]`` and the new state.
+
+        Args:
+            gram: Gram matrices ``[G, K, K]``; rows and columns of absent tasks are zero.
+            state: the rule's state.
+            active: ``[G, K]``, which tasks reached which group in this step; None means all.
+            generator: the only source of randomness, on the device of ``gram``.
+
+        Note:
+            Parameters of one group that different sets of tasks reach are operated on separately (absent is not zero).
+            A group with several such sets takes part in several calls, the widest set first.
+        """
+        return torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram), state
+
+    def observe(self, step: Step, state: State) -> State:
+        """After the gradients have been combined: sees what happened, and returns the new state."""
+        return state
+
+
+def implements(rule: Rule, moment: str) -> bool:
+    """Whether ``rule`` gives the moment (``"weigh"``, ``"mix"`` or ``"observe"``) a meaning of its own.
+
+    >>> import gradsurgery as gs
+    >>> implements(gs.PCGrad(), "mix"), implements(gs.PCGrad(), "weigh")
+    (True, False)
+    """
+    return any(getattr(type(part), moment) is not getattr(Rule, moment) for part in getattr(rule, "rules", (rule,)))

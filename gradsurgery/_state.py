@@ -1,0 +1,121 @@
+"""Rule states as trees of tensors: guarding, carrying over, saving and loading them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._rule import State
+
+
+def zip_states(combine: Callable[[Any, Any], Any], new: State, old: State) -> State:
+    """Applies ``combine(new, old)`` to the leaves that both trees have; what only ``new`` has stays as it is."""
+    result: State = {}
+    for key, value in new.items():
+        if key not in old:
+            result[key] = value
+        elif isinstance(value, dict):
+            result[key] = zip_states(combine, value, old[key])
+        else:
+            result[key] = combine(value, old[key])
+    return result
+
+
+def guarded(gram: Tensor, *, old: State, new: State) -> State:
+    """The new state; or the old one if the Gram matrices hold inf or nan, as in a step that ``GradScaler`` will skip."""
+    if new is old:
+        return old
+    finite = gram.isfinite().all()
+
+    def choose(new: Any, old: Any) -> Any:
+        if new is old or not (isinstance(new, Tensor) and isinstance(old, Tensor)) or new.shape != old.shape:
+            return new
+        return torch.where(finite, new, old)
+
+    return zip_states(choose, new, old)
+
+
+def carried(old: State, old_groups: Sequence[str], new: State, new_groups: Sequence[str]) -> State:
+    """A fresh state, with what ``old`` knew of the surgery groups that are still there."""
+    kept = [name for name in new_groups if name in old_groups]
+    source = [old_groups.index(name) for name in kept]
+    target = [new_groups.index(name) for name in kept]
+
+    def carry(new: Any, old: Any) -> Any:
+        if not (isinstance(new, Tensor) and isinstance(old, Tensor)):
+            return old
+        if new.dim() and (len(new), len(old)) == (len(new_groups), len(old_groups)) and new.shape[1:] == old.shape[1:]:
+            result = new.clone()
+            result[target] = old[source]
+            return result
+        return old
+
+    return zip_states(carry, new, old)
+
+
+def check_match(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Compares what a checkpoint says of the rule, the tasks and the groups with what this optimizer has.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    if saved["rule"] != current["rule"]:
+        raise ValueError(
+            f"The checkpoint's rule is {saved['rule']}, this optimizer's is {current['rule']}. Make the optimizer with the "
+            "checkpoint's rule; or load only the inner optimizer, opt.optimizer.load_state_dict(...), and let the rule "
+            "start afresh."
+        )
+    if None not in (saved["tasks"], current["tasks"]) and saved["tasks"] != current["tasks"]:
+        raise ValueError(
+            f"The checkpoint's tasks are not this optimizer's{_difference(saved['tasks'], current['tasks'])}. "
+            f"The checkpoint has {saved['tasks']}, this optimizer has {current['tasks']}."
+        )
+    if saved["groups"] != current["groups"]:
+        where = _difference(list(saved["groups"]), list(current["groups"]))
+        both = [name for name in saved["groups"] if name in current["groups"]]
+        moved = [name for name in both if saved["groups"][name] != current["groups"][name]]
+        if moved and not where:
+            where = f": {', '.join(map(repr, moved))} hold other parameters"
+        raise ValueError(
+            f"The checkpoint's surgery groups are not this optimizer's{where}. Use the same model and the same `groups`."
+        )
+
+
+def _difference(saved: Sequence[str], current: Sequence[str]) -> str:
+    gone = [repr(name) for name in saved if name not in current]
+    added = [repr(name) for name in current if name not in saved]
+    parts = []
+    if gone:
+        parts.append(f"only the checkpoint has {', '.join(gone)}")
+    if added:
+        parts.append(f"only this optimizer has {', '.join(added)}")
+    if not parts and saved != current:
+        parts.append("they are in another order")
+    return ": " + "; ".join(parts) if parts else ""
+
+
+def loaded(saved: State, fresh: State) -> State:
+    """A saved state, on the devices and in the dtypes of a fresh one.
+
+    Raises:
+        ValueError: if the two do not have the same entries of the same shapes.
+    """
+    if saved.keys() != fresh.keys():
+        raise ValueError(f"The checkpoint's rule state has entries {list(saved)}, expected {list(fresh)}.")
+    result: State = {}
+    for key, value in fresh.items():
+        if isinstance(value, dict):
+            result[key] = loaded(saved[key], value)
+        elif isinstance(value, Tensor):
+            if saved[key].shape != value.shape:
+                raise ValueError(
+                    f"The checkpoint's rule state {key!r} has shape {tuple(saved[key].shape)}, "
+                    f"expected {tuple(value.shape)}."
+                )
+            result[key] = saved[key].to(value)
+        else:
+            result[key] = saved[key]
+    return result

@@ -1,0 +1,79 @@
+"""Several rules, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .._rule import Rule, State, implements
+
+if TYPE_CHECKING:
+    from .._step import Step
+
+
+@dataclass(frozen=True, init=False)
+class Chain(Rule):
+    r"""Applies rules in order; each sees the gradients as the one before it left them.
+
+    ``M = M_n ... M_2 M_1``, and rule ``r + 1`` gets the Gram matrix ``M_r G M_r^T``. Weights of losses multiply.
+
+    Args:
+        rules: at least one rule. Chains inside a chain are flattened.
+
+    Raises:
+        ValueError: without any rule.
+        TypeError: if one of them is not a :class:`Rule`.
+
+    Example:
+        >>> import gradsurgery as gs
+        >>> gs.Chain(gs.PCGrad(), gs.Mean())
+        Chain(PCGrad(), Mean())
+    """
+
+    rules: tuple[Rule, ...]
+
+    def __init__(self, *rules: Rule) -> None:
+        if not rules:
+            raise ValueError("`Chain` needs at least one rule. Found none; write Chain(PCGrad(), Mean()), say.")
+        for rule in rules:
+            if not isinstance(rule, Rule):
+                raise TypeError(f"`Chain` takes rules. Found {rule!r} of type {type(rule).__name__}.")
+        flat = [part for rule in rules for part in (rule.rules if isinstance(rule, Chain) else (rule,))]
+        object.__setattr__(self, "rules", tuple(flat))
+
+    def __repr__(self) -> str:
+        return f"Chain({', '.join(map(repr, self.rules))})"
+
+    def init(
+        self,
+        tasks: Sequence[str],
+        groups: Sequence[str],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float64,
+    ) -> State:
+        return {str(i): rule.init(tasks, groups, device=device, dtype=dtype) for i, rule in enumerate(self.rules)}
+
+    def weigh(self, losses: Tensor, state: State, *, active: Tensor | None = None) -> tuple[Tensor, State]:
+        weights, new = torch.ones_like(losses), dict(state)
+        for i, rule in enumerate(self.rules):
+            factor, new[str(i)] = rule.weigh(losses * weights, state[str(i)], active=active)
+            weights = weights * factor
+        return weights, new
+
+    def mix(
+        self, gram: Tensor, state: State, *, active: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, State]:
+        mixing, new = super().mix(gram, state)[0], dict(state)
+        for i, rule in enumerate(self.rules):
+            if implements(rule, "mix"):
+                step, new[str(i)] = rule.mix(gram, state[str(i)], active=active, generator=generator)
+                gram, mixing = step @ gram @ step.mT, step @ mixing
+        return mixing, new
+
+    def observe(self, step: Step, state: State) -> State:
+        return {str(i): rule.observe(step, state[str(i)]) for i, rule in enumerate(self.rules)}

@@ -1,0 +1,51 @@
+"""PCGrad: project conflicting gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .._rule import Rule, State
+from ._walk import Walk, random_order
+
+
+@dataclass(frozen=True)
+class PCGrad(Rule):
+    r"""Projects each task's gradient onto the normal plane of every gradient that it conflicts with.
+
+    Starting from ``g'_i = g_i``, for ``j != i`` in random order: if ``<g'_i, g_j> < 0``,
+
+    ``g'_i <- g'_i - <g'_i, g_j> / ||g_j||^2  g_j``.
+
+    The ``g_j`` are the original gradients; each task of each group draws an order of its own.
+
+    Example:
+        >>> import torch, gradsurgery as gs
+        >>> gs.operate(torch.tensor([[1.0, 1.0], [-1.0, 0.0]]), gs.PCGrad())
+        tensor([-0.5000,  1.5000])
+
+    Reference:
+        Yu et al., *Gradient Surgery for Multi-Task Learning*, NeurIPS 2020, Algorithm 1.
+
+    Note:
+        As in the paper the result is the *sum* of the ``g'_i``; much published code takes the mean, which is
+        ``Chain(PCGrad(), Mean())``. A zero gradient is neither projected nor projected on.
+    """
+
+    def mix(
+        self, gram: Tensor, state: State, *, active: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, State]:
+        square = gram.diagonal(dim1=-2, dim2=-1)
+        # <g'_i, g_j> is zero where g_j is, so that any finite inverse will do.
+        inverse = square.clamp_min(torch.finfo(gram.dtype).tiny).reciprocal()
+        if active is not None:
+            inverse = inverse * active
+        walk = Walk(gram.shape, random_order(gram, generator))
+        conflicts = walk.run(gram, gram * -inverse[:, :, None], lambda s, product: product.clamp_max_(0))
+        mixing = walk.by_pair(conflicts, torch.zeros_like(gram)).mul_(-inverse[:, None, :])
+        if active is not None:
+            mixing *= active[:, :, None]
+        mixing.diagonal(dim1=-2, dim2=-1).fill_(1)
+        return mixing, state
