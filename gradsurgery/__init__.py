@@ -10,9 +10,10 @@ Wrap the optimizer you have, give it the loss of each task, and a rule operates 
 >>> opt.step(); opt.zero_grad()
 """
 
-from . import sources
+from . import plots, sources
 from ._operate import operate
 from ._optimizer import SurgeryOptimizer
+from ._recorder import Recorder
 from ._rule import Rule, State
 from ._step import Step
 from .rules import MGDA, Chain, GradVac, Mean, PCGrad, Sum
@@ -25,11 +26,13 @@ __all__ = [
     "GradVac",
     "Mean",
     "PCGrad",
+    "Recorder",
     "Rule",
     "State",
     "Step",
     "Sum",
     "SurgeryOptimizer",
     "operate",
+    "plots",
     "sources",
 ]
