@@ -24,6 +24,7 @@ class Rows:
     def __init__(self) -> None:
         self.of: dict[int, Tensor] = {}
         """Task → gradient. Of the parameter's shape, until :meth:`align` may reduce it to the indices in use."""
+        self._ever: set[int] = set()  # the tasks of all steps before
         self._layout: tuple[int, ...] = ()  # the tasks that the block has place for, in this order
         self._block: Tensor | None = None
         self._inside: set[int] = set()  # the tasks whose row is the block's
@@ -34,6 +35,11 @@ class Rows:
     def tasks(self) -> tuple[int, ...]:
         """The tasks that reached the parameter, in increasing order."""
         return tuple(sorted(self.of))
+
+    def expect(self, tasks: Sequence[int]) -> None:
+        """Says that gradients of these tasks are to come, so that a block has place for those that may reach here."""
+        if not self.of and not set(tasks) <= set(self._layout):
+            self._layout = tuple(sorted(self._ever.intersection(tasks)))
 
     def add(self, task: int, gradient: Tensor) -> None:
         """Adds a gradient to the task's row. The tensor may be kept, and is not modified."""
@@ -74,6 +80,7 @@ class Rows:
     def clear(self) -> None:
         """Frees the rows, and remembers which tasks they belonged to."""
         self._layout = self.tasks or self._layout
+        self._ever.update(self.of)
         self.of, self._block, self._inside, self._owned, self._sparse = {}, None, set(), False, None
 
     def align(self) -> None:

@@ -9,15 +9,13 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from ._buffer import Rows
-from ._groups import Groups, GroupSpec, partition, unwrap
+from ._gradients import TaskGradients
+from ._groups import Groups, GroupSpec, unwrap
 from ._losses import Losses, read_losses
-from ._names import parameter_names
-from ._plan import Plan, Reach
 from ._rule import Rule, State, implements
 from ._state import carried, check_match, guarded, loaded
 from ._step import Step
-from .sources import Autograd, Batched, Root, Source
+from .sources import Root, source_named
 
 T = TypeVar("T")
 
@@ -87,6 +85,12 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         (``use_reentrant=True``, which PyTorch cannot combine with gradients by name).
     """
 
+    due: bool
+    """Whether there are gradients that have not been combined."""
+    _scale: Tensor | None  # of the losses, by a GradScaler
+    _losses: Tensor | float  # of the tasks so far in this step,
+    _present: Tensor | bool  # and which of them were there
+
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
@@ -113,15 +117,15 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         self.nonfinite = nonfinite
         self.last: Step | None = None
         self.skipped: dict[str, int] = {}
-        self._source = _source(source, chunk_size)
+        self._source = source_named(source, chunk_size)
         self._model = None if model is None else unwrap(model)
         self._spec = groups
         self._tasks: tuple[str, ...] | None = None
         self._rule_state: State = {}
-        self._scale: Tensor | None = None  # of the losses, by a GradScaler
-        self._losses = torch.empty(0)
-        self._set_parameters()
-        self._generator = torch.Generator(self._device).manual_seed(seed)
+        self._gradients = TaskGradients(optimizer, self._model, groups)
+        self._generator = torch.Generator(self._gradients.device).manual_seed(seed)
+        self._indices: dict[tuple[int, ...], Tensor] = {}
+        self._forget()
         if tasks is not None:
             self._set_tasks(tasks)
         super().__setstate__({})  # what an Optimizer needs beside its parameters: hooks, and the patched step
@@ -152,10 +156,10 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         if self.due:
             raise RuntimeError("add_param_group() between backward() and combine(): step, or zero_grad(), first.")
         self.optimizer.add_param_group(param_group)
-        old, state = self.groups, self._rule_state
-        self._set_parameters()
+        old = list(self.groups)
+        self._gradients = TaskGradients(self.optimizer, self._model, self._spec)
         if self._tasks is not None:
-            self._rule_state = carried(state, list(old), self._fresh_state(), list(self.groups))
+            self._rule_state = carried(self._rule_state, old, self._fresh_state(self._tasks), list(self.groups))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Resets ``p.grad``, and forgets gradients that have not been combined."""
@@ -210,8 +214,9 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             self._set_tasks(loss.name for loss in found)
         assert self._tasks is not None
         index = {name: k for k, name in enumerate(self._tasks)}
+        gradients = self._gradients
         here = self._index(tuple(index[loss.name] for loss in found))
-        zeros = torch.zeros(len(self._tasks), dtype=self._dtype, device=self._device)
+        zeros = torch.zeros(len(self._tasks), dtype=gradients.dtype, device=gradients.device)
         values = zeros.index_put((here,), torch.stack([loss.value.detach().reshape(()).to(zeros) for loss in found]))
         present = torch.zeros_like(values, dtype=torch.bool).index_fill(0, here, True)
 
@@ -219,17 +224,23 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         if implements(self.rule, "weigh"):
             factors, self._rule_state = self.rule.weigh(values, self._rule_state, active=present)
         if scaler is not None:
-            self._scale = scaler.scale(torch.ones((), device=self._device))
+            self._scale = scaler.scale(torch.ones((), device=gradients.device))
             factors = factors * self._scale
         roots = [
             Root(index[loss.name], loss.name, loss.output, factors[index[loss.name]].to(loss.value).expand(loss.shape))
             for loss in found
         ]
-        trained = [p for p, parameter in enumerate(self._parameters) if parameter.requires_grad]
+        if not self.due:
+            gradients.expect([root.task for root in roots])
+        trained = [p for p, parameter in enumerate(gradients.parameters) if parameter.requires_grad]
         self._source(
-            roots, [self._parameters[p] for p in trained], [self._rows[p] for p in trained], retain_graph=retain_graph
+            roots,
+            [gradients.parameters[p] for p in trained],
+            [gradients.rows[p] for p in trained],
+            retain_graph=retain_graph,
         )
-        self._losses = torch.where(present, self._losses.nan_to_num(0) + values, self._losses)
+        self._losses = values + self._losses
+        self._present = present | self._present
         self.due = True
 
     @torch.no_grad()
@@ -244,15 +255,15 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         """
         if not self.due:
             return
-        assert self._tasks is not None
-        for rows in self._rows:
-            rows.align()
+        assert self._tasks is not None and isinstance(self._losses, Tensor) and isinstance(self._present, Tensor)
+        gradients = self._gradients
+        gradients.align()
         if self.nonfinite != "propagate":
-            self._check_finite()
-        plan = self._plan()
+            self._check_finite(self._tasks)
+        plan = gradients.plan(self._tasks)
         steps = []
         for level in plan.levels:
-            gram = level.gram(self._rows, self._dtype)
+            gram = level.gram(gradients.rows, gradients.dtype)
             if self._scale is not None:
                 gram = gram / self._scale.to(gram) ** 2
             mixing, state = self.rule.mix(
@@ -261,26 +272,21 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             self._rule_state = guarded(gram, old=self._rule_state, new=state)
             steps.append((gram, mixing))
             coefficients = (mixing * level.active[:, :, None]).sum(-2)
-            for p, combined in level.combine(self._rows, coefficients):
-                self._write(p, combined)
+            for p, combined in level.combine(gradients.rows, coefficients):
+                gradients.accumulate(p, combined)
         for p in plan.alone:
-            self._write(p, self._rows[p].alone())
-            self._rows[p].clear()
-        self.last = plan.record(steps, self._losses)
+            gradients.accumulate(p, gradients.rows[p].alone())
+        self.last = plan.record(steps, self._losses.masked_fill(~self._present, torch.nan))
         self._forget()
         if implements(self.rule, "observe"):
             self._rule_state = self.rule.observe(self.last, self._rule_state)
 
-    def _write(self, p: int, combined: Tensor) -> None:
-        parameter = self._parameters[p]
-        if parameter.grad is None:
-            parameter.grad = combined
-        elif parameter.grad.is_sparse and not combined.is_sparse:
-            parameter.grad = combined + parameter.grad
-        else:
-            parameter.grad.add_(combined)
-
     # --- State ------------------------------------------------------------------------------------------------------
+
+    @property
+    def groups(self) -> Groups:
+        """The surgery groups: name → names of the parameters. Prints as a table."""
+        return self._gradients.groups
 
     @property
     def tasks(self) -> tuple[str, ...] | None:
@@ -339,13 +345,15 @@ class SurgeryOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # Gradients are not saved; `step` may be a scheduler's wrapper that is bound to this very object.
-        left_out = ("_rows", "_plans", "_indices", "step", "last")
+        left_out = ("_gradients", "_indices", "step", "last")
         return {key: value for key, value in self.__dict__.items() if key not in left_out and "_hooks" not in key}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.last = None
-        self._set_parameters()
+        self._indices = {}
+        self._gradients = TaskGradients(self.optimizer, self._model, self._spec)
+        self._forget()
 
     def __repr__(self) -> str:
         tasks = "not known yet" if self._tasks is None else ", ".join(self._tasks)
@@ -365,19 +373,6 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             "groups": {group: list(names) for group, names in self.groups.items()},
         }
 
-    def _set_parameters(self) -> None:
-        named = parameter_names(self.optimizer, self._model)
-        self._names, self._parameters = list(named), list(named.values())
-        self.groups: Groups = partition(self._spec, named, self._model)
-        index = {name: g for g, group in enumerate(self.groups) for name in self.groups[group]}
-        self._group_of = [index[name] for name in self._names]
-        self._device = self._parameters[0].device
-        self._dtype = torch.float32 if self._device.type == "mps" else torch.float64  # of Gram matrices and states
-        self._rows = [Rows() for _ in self._parameters]
-        self._plans: dict[Reach, Plan] = {}
-        self._indices: dict[tuple[int, ...], Tensor] = {}
-        self._forget()
-
     def _set_tasks(self, tasks: Iterable[str]) -> None:
         names = tuple(tasks)
         if twice := sorted({repr(name) for name in names if names.count(name) > 1}):
@@ -386,63 +381,32 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             raise ValueError(f"`tasks` must be names, at least one. Found {names!r}.")
         self._rule_state = self._fresh_state(names)
         self._tasks = names
-        self._plans.clear()
-        self._forget()
 
-    def _fresh_state(self, tasks: tuple[str, ...] | None = None) -> State:
-        tasks = tasks or self._tasks or ()
-        return self.rule.init(tasks, tuple(self.groups), device=self._device, dtype=self._dtype)
+    def _fresh_state(self, tasks: tuple[str, ...]) -> State:
+        gradients = self._gradients
+        return self.rule.init(tasks, tuple(gradients.groups), device=gradients.device, dtype=gradients.dtype)
 
     def _forget(self) -> None:
-        for rows in self._rows:
-            rows.clear()
-        self.due = False
-        """Whether there are gradients that have not been combined."""
-        self._scale = None
-        self._losses = torch.full((len(self._tasks or ()),), torch.nan, dtype=self._dtype, device=self._device)
+        self._gradients.clear()
+        self.due, self._scale, self._losses, self._present = False, None, 0.0, False
 
     def _index(self, tasks: tuple[int, ...]) -> Tensor:
         if tasks not in self._indices:
-            self._indices[tasks] = torch.tensor(tasks, device=self._device)
+            self._indices[tasks] = torch.tensor(tasks, device=self._gradients.device)
         return self._indices[tasks]
 
-    def _plan(self) -> Plan:
-        assert self._tasks is not None
-        reach = tuple(rows.tasks for rows in self._rows)
-        if reach not in self._plans:
-            if len(self._plans) >= 256:
-                self._plans.clear()
-            self._plans[reach] = Plan(reach, self._group_of, tuple(self.groups), self._tasks, self._device)
-        return self._plans[reach]
-
-    def _check_finite(self) -> None:
-        assert self._tasks is not None
-        places = [(task, p) for p, rows in enumerate(self._rows) for task in rows.tasks]
-        finite = torch.stack([self._rows[p].of[task].isfinite().all().to(self._device) for task, p in places]).tolist()
-        bad = [place for place, fine in zip(places, finite, strict=True) if not fine]
+    def _check_finite(self, tasks: tuple[str, ...]) -> None:
+        bad = self._gradients.not_finite()
         if bad and self.nonfinite == "raise":
-            task, p = bad[0]
+            task, name = bad[0]
             raise FloatingPointError(
-                f"The gradient of task {self._tasks[task]!r} for parameter {self._names[p]!r} holds inf or nan"
+                f"The gradient of task {tasks[task]!r} for parameter {name!r} holds inf or nan"
                 + (f", and so do {len(bad) - 1} more." if len(bad) > 1 else ".")
             )
-        for task in sorted({task for task, _ in bad}):
-            name = self._tasks[task]
-            self.skipped[name] = self.skipped.get(name, 0) + 1
-            first = next(self._names[p] for k, p in bad if k == task)
+        for task, name in dict(reversed(bad)).items():
+            self._gradients.drop(task)
+            self.skipped[tasks[task]] = self.skipped.get(tasks[task], 0) + 1
             _log.warning(
                 "task %r sits out this step (%d so far): its gradient for %r holds inf or nan",
-                name, self.skipped[name], first,
-            )  # fmt: skip
-            for rows in self._rows:
-                rows.drop(task)
-
-
-def _source(name: str, chunk_size: int | None) -> Source:
-    if name == "batched":
-        return Batched(chunk_size)
-    if name != "autograd":
-        raise ValueError(f"`source` must be 'autograd' or 'batched'. Found {name!r}.")
-    if chunk_size is not None:
-        raise ValueError(f"`chunk_size` belongs to source='batched'. Found chunk_size={chunk_size!r} without it.")
-    return Autograd()
+                *(tasks[task], self.skipped[tasks[task]], name),
+            )

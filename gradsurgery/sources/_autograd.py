@@ -21,10 +21,11 @@ class Autograd:
     ) -> None:
         retain = [True] * (len(roots) - 1) + [retain_graph]
         for root, keep in zip(roots, retain, strict=True):
-            gradients = _grad(root, parameters, keep, shared=len(roots) > 1 and not retain_graph)
+            gradients = list(_grad(root, parameters, keep, shared=len(roots) > 1 and not retain_graph))
             if all(gradient is None for gradient in gradients):
                 raise unreached(root)
-            for row, gradient in zip(rows, gradients, strict=True):
+            for row in reversed(rows):
+                gradient = gradients.pop()  # so that it is freed as soon as it has been copied to its place
                 if gradient is not None:
                     row.add(root.task, gradient)
 

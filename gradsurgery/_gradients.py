@@ -1,0 +1,124 @@
+"""The per-task gradients of all parameters of an optimizer, by name and surgery group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ._buffer import Rows
+from ._groups import Groups, GroupSpec, partition, some
+from ._plan import Plan, Reach
+
+_MOST_PLANS = 256
+
+
+class TaskGradients:
+    """A row for each task and parameter, and how they are put together.
+
+    Args:
+        optimizer: whose parameters.
+        model: what they are named after, or None.
+        spec: the surgery groups, as the argument ``groups`` of :class:`SurgeryOptimizer`.
+
+    Attributes:
+        names: names of the parameters, in the optimizer's order.
+        parameters: the parameters.
+        rows: their rows.
+        groups: the partition into surgery groups.
+        device: where Gram matrices and states are.
+        dtype: of Gram matrices and states.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module | None, spec: GroupSpec) -> None:
+        named = parameter_names(optimizer, model)
+        self.names = list(named)
+        self.parameters = list(named.values())
+        self.rows = [Rows() for _ in named]
+        self.groups: Groups = partition(spec, named, model)
+        self.device = self.parameters[0].device
+        self.dtype = torch.float32 if self.device.type == "mps" else torch.float64  # MPS has no float64
+        index = {name: g for g, group in enumerate(self.groups) for name in self.groups[group]}
+        self._group_of = [index[name] for name in self.names]
+        self._plans: dict[tuple[Reach, tuple[str, ...]], Plan] = {}
+
+    def expect(self, tasks: Sequence[int]) -> None:
+        """Says that a step with these tasks begins."""
+        for rows in self.rows:
+            rows.expect(tasks)
+
+    def align(self) -> None:
+        """Brings the rows of each parameter into one form."""
+        for rows in self.rows:
+            rows.align()
+
+    def plan(self, tasks: tuple[str, ...]) -> Plan:
+        """The cells of this step."""
+        key = tuple(rows.tasks for rows in self.rows), tasks
+        if key not in self._plans:
+            if len(self._plans) >= _MOST_PLANS:
+                self._plans.clear()
+            self._plans[key] = Plan(key[0], self._group_of, tuple(self.groups), tasks, self.device)
+        return self._plans[key]
+
+    def not_finite(self) -> list[tuple[int, str]]:
+        """The rows that hold inf or nan, as task and name of the parameter. Waits for the device."""
+        places = [(task, p) for p, rows in enumerate(self.rows) for task in rows.tasks]
+        finite = torch.stack([self.rows[p].of[task].isfinite().all().to(self.device) for task, p in places]).tolist()
+        return [(task, self.names[p]) for (task, p), fine in zip(places, finite, strict=True) if not fine]
+
+    def drop(self, task: int) -> None:
+        """Forgets a task's rows, as if the task had not been there."""
+        for rows in self.rows:
+            rows.drop(task)
+
+    def accumulate(self, p: int, combined: Tensor) -> None:
+        """Adds a combined gradient to ``p.grad``, as ``Tensor.backward`` does."""
+        parameter = self.parameters[p]
+        if parameter.grad is None:
+            parameter.grad = combined
+        elif parameter.grad.is_sparse and not combined.is_sparse:
+            parameter.grad = combined + parameter.grad
+        else:
+            parameter.grad.add_(combined)
+
+    def clear(self) -> None:
+        """Frees all rows."""
+        for rows in self.rows:
+            rows.clear()
+
+
+def parameter_names(optimizer: torch.optim.Optimizer, model: nn.Module | None) -> dict[str, nn.Parameter]:
+    """All parameters that the optimizer holds, in its order, by name.
+
+    The names are the model's; without a model, those that the optimizer was given
+    (``AdamW(model.named_parameters())``), or ``param0``, ``param1``, ….
+
+    Raises:
+        ValueError: if the optimizer lacks a trainable parameter of the model, or holds one that is not the model's.
+    """
+    held: dict[int, tuple[str, nn.Parameter]] = {}
+    for group in optimizer.param_groups:
+        names = group.get("param_names") or [f"param{len(held) + i}" for i in range(len(group["params"]))]
+        for name, parameter in zip(names, group["params"], strict=True):
+            held[id(parameter)] = name, parameter
+    if model is None:
+        return dict(held.values())
+
+    known = {id(parameter): name for name, parameter in model.named_parameters()}
+    missing = [
+        name for name, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) not in held
+    ]
+    if missing:
+        raise ValueError(
+            f"The model has trainable parameters that the optimizer does not hold: {some(missing)}. Add them to the "
+            "optimizer, freeze them with requires_grad_(False), or pass as `model` only what this optimizer trains."
+        )
+    foreign = [f"{name} {tuple(parameter.shape)}" for key, (name, parameter) in held.items() if key not in known]
+    if foreign:
+        raise ValueError(
+            f"The optimizer holds parameters that are not in `model`: {some(foreign)}. Pass the module that contains "
+            "them all, say nn.ModuleList([model, criterion])."
+        )
+    return {known[key]: parameter for key, (_, parameter) in held.items()}
