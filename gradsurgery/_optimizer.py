@@ -85,11 +85,8 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         (``use_reentrant=True``, which PyTorch cannot combine with gradients by name).
     """
 
-    due: bool
-    """Whether there are gradients that have not been combined."""
     _scale: Tensor | None  # of the losses, by a GradScaler
-    _losses: Tensor | float  # of the tasks so far in this step,
-    _present: Tensor | bool  # and which of them were there
+    _passes: list[tuple[Tensor, Tensor]]  # since the last combination: losses, and which tasks were there
 
     def __init__(
         self,
@@ -203,7 +200,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: without losses, and for a loss that is no scalar, has no graph, is of an unknown task, or reaches
-                none of the parameters.
+                none of the parameters. The gradients of this step are then forgotten.
 
         Note:
             In a 1-D tensor, each task reaches whatever the tensor depends on, except directly behind ``torch.stack`` or
@@ -233,15 +230,13 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         if not self.due:
             gradients.expect([root.task for root in roots])
         trained = [p for p, parameter in enumerate(gradients.parameters) if parameter.requires_grad]
-        self._source(
-            roots,
-            [gradients.parameters[p] for p in trained],
-            [gradients.rows[p] for p in trained],
-            retain_graph=retain_graph,
-        )
-        self._losses = values + self._losses
-        self._present = present | self._present
-        self.due = True
+        parameters, rows = [gradients.parameters[p] for p in trained], [gradients.rows[p] for p in trained]
+        try:
+            self._source(roots, parameters, rows, retain_graph=retain_graph)
+        except BaseException:
+            self._forget()  # some of the rows have been added to, and some have not
+            raise
+        self._passes.append((values, present))
 
     @torch.no_grad()
     def combine(self) -> None:
@@ -255,7 +250,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         """
         if not self.due:
             return
-        assert self._tasks is not None and isinstance(self._losses, Tensor) and isinstance(self._present, Tensor)
+        assert self._tasks is not None
         gradients = self._gradients
         gradients.align()
         if self.nonfinite != "propagate":
@@ -276,7 +271,8 @@ class SurgeryOptimizer(torch.optim.Optimizer):
                 gradients.accumulate(p, combined)
         for p in plan.alone:
             gradients.accumulate(p, gradients.rows[p].alone())
-        self.last = plan.record(steps, self._losses.masked_fill(~self._present, torch.nan))
+        losses, present = (torch.stack(values) for values in zip(*self._passes, strict=True))
+        self.last = plan.record(steps, losses.sum(0).masked_fill(~present.any(0), torch.nan))
         self._forget()
         if implements(self.rule, "observe"):
             self._rule_state = self.rule.observe(self.last, self._rule_state)
@@ -287,6 +283,11 @@ class SurgeryOptimizer(torch.optim.Optimizer):
     def groups(self) -> Groups:
         """The surgery groups: name → names of the parameters. Prints as a table."""
         return self._gradients.groups
+
+    @property
+    def due(self) -> bool:
+        """Whether there are gradients that have not been combined."""
+        return bool(self._passes)
 
     @property
     def tasks(self) -> tuple[str, ...] | None:
@@ -388,7 +389,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         self._gradients.clear()
-        self.due, self._scale, self._losses, self._present = False, None, 0.0, False
+        self._passes, self._scale = [], None
 
     def _index(self, tasks: tuple[int, ...]) -> Tensor:
         if tasks not in self._indices:
