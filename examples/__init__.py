@@ -1,0 +1,1 @@
+"""Examples: complete programs on public imports only."""

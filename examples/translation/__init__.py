@@ -1,0 +1,1 @@
+"""Multilingual translation with and without gradient surgery: ``python -m examples.translation``."""

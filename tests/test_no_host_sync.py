@@ -1,0 +1,73 @@
+"""No step waits for the device: nothing is read back to the host."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gradsurgery as gs
+from gradsurgery import _buffer
+
+aten = torch.ops.aten
+READS = {
+    aten._local_scalar_dense.default,  # item(), bool(), float()
+    aten.is_nonzero.default,
+    aten.nonzero.default,
+    aten.equal.default,
+    aten.masked_select.default,
+    aten._unique2.default,
+}
+
+
+class NoReads(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in READS, f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_check_can_fail():
+    with pytest.raises(AssertionError, match="waits for the device"), NoReads():
+        bool(torch.ones(()) > 0)
+
+
+RULES = [gs.Sum(), gs.Mean(), gs.PCGrad(), gs.GradVac(), gs.GradVac(target=0.5), gs.Chain(gs.PCGrad(), gs.Mean())]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+@pytest.mark.parametrize("source", ["autograd", "batched"])
+def test_step(rule, source, monkeypatch):
+    # On the CPU, where it costs nothing, the range of float32 products is looked at. Take the way of other devices.
+    monkeypatch.setattr(_buffer, "_products_are_exact", lambda: False)
+    torch.manual_seed(0)
+    trunk, heads = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4)), nn.ModuleList([nn.Linear(4, 1)] * 1)
+    heads.append(nn.Linear(4, 1))
+    model = nn.ModuleList([trunk, heads])
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    opt = gs.SurgeryOptimizer(sgd, rule, model=model, groups="layer", source=source, tasks=("a", "b", "c"))
+    recorder = gs.Recorder(opt)
+
+    def step(absent):
+        hidden = trunk(torch.randn(5, 3))
+        losses = {"a": heads[0](hidden).mean(), "b": heads[1](hidden).square().mean(), "c": hidden.square().mean()}
+        opt.backward({task: loss for task, loss in losses.items() if task != absent})
+        opt.step()
+        opt.zero_grad()
+
+    for absent in (None, "b"):
+        step(absent)  # plans are made once
+        with NoReads():
+            step(absent)
+            step(absent)
+    assert len(recorder.steps) == 6
+
+
+def test_step_with_a_scaler(monkeypatch):
+    monkeypatch.setattr(_buffer, "_products_are_exact", lambda: False)
+    model = nn.Linear(3, 2)
+    opt = gs.SurgeryOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), gs.PCGrad(), model=model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for _ in range(2):
+        out = model(torch.randn(5, 3))
+        with NoReads():
+            opt.backward({"a": out.mean(), "b": -out.square().mean()}, scaler=scaler)
+            opt.combine()
