@@ -22,6 +22,11 @@ class Loss:
         self.shape = shape
 
 
+def task_names(losses: Losses) -> list[str]:
+    """Names of all tasks that the losses name, the absent ones too: what is learned from a first step."""
+    return list(losses) if isinstance(losses, Mapping) else [str(i) for i in range(len(losses))]
+
+
 def read_losses(losses: Losses, tasks: Sequence[str] | None) -> list[Loss]:
     """Losses of the tasks that are there, in the order given, each checked.
 

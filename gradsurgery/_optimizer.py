@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ._gradients import TaskGradients
 from ._groups import Groups, GroupSpec, unwrap
-from ._losses import Losses, read_losses
+from ._losses import Losses, read_losses, task_names
 from ._rule import Rule, State, implements
 from ._state import carried, check_match, guarded, loaded
 from ._step import Step
@@ -208,7 +208,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         """
         found = read_losses(losses, self._tasks)
         if self._tasks is None:
-            self._set_tasks(loss.name for loss in found)
+            self._set_tasks(task_names(losses))
         assert self._tasks is not None
         index = {name: k for k, name in enumerate(self._tasks)}
         gradients = self._gradients
@@ -333,8 +333,10 @@ class SurgeryOptimizer(torch.optim.Optimizer):
                 "with opt.optimizer.load_state_dict(...)."
             )
         check_match(surgery, self._identity())
-        tasks = None if surgery["tasks"] is None else tuple(surgery["tasks"])
-        state = None if tasks is None else loaded(surgery["state"], self._fresh_state(tasks))
+        tasks = self._tasks if surgery["tasks"] is None else tuple(surgery["tasks"])
+        state = None if tasks is None else self._fresh_state(tasks)
+        if state is not None and surgery["tasks"] is not None:  # else it is the checkpoint of an optimizer before its first step
+            state = loaded(surgery["state"], state)
         self.optimizer.load_state_dict(state_dict)
         if tasks is not None and state is not None:
             self._set_tasks(tasks)
@@ -362,7 +364,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             f"rule: {self.rule}",
             f"tasks: {tasks}",
             f"source: {self._source}",
-            *f"groups:\n  {self.groups!r}".replace("\n", "\n  ").split("\n"),
+            *f"groups:\n{self.groups!r}".replace("\n", "\n  ").split("\n"),
             *f"optimizer: {self.optimizer!r}".split("\n"),
         ]
         return "SurgeryOptimizer(\n  " + "\n  ".join(lines) + "\n)"

@@ -37,6 +37,7 @@ class Batched:
     def __call__(
         self, roots: Sequence[Root], parameters: Sequence[Tensor], rows: Sequence[Rows], *, retain_graph: bool
     ) -> None:
+        roots = sorted(roots, key=lambda root: root.task)  # the order of rows in a block
         reached = _reached([_node(root.output) for root in roots], parameters)
         for i, root in enumerate(roots):
             if not any((mask >> i) & 1 for mask in reached):
