@@ -38,13 +38,13 @@ class PCGrad(Rule):
         self, gram: Tensor, state: State, *, active: Tensor | None = None, generator: torch.Generator | None = None
     ) -> tuple[Tensor, State]:
         square = gram.diagonal(dim1=-2, dim2=-1)
-        # <g'_i, g_j> is zero where g_j is, so that any finite inverse will do.
-        inverse = square.clamp_min(torch.finfo(gram.dtype).tiny).reciprocal()
+        # Minus one over the squares. <g'_i, g_j> is zero where g_j is, so that any finite value will do there.
+        scale = square.neg().clamp_max_(-torch.finfo(gram.dtype).tiny).reciprocal_()
         if active is not None:
-            inverse = inverse * active
+            scale *= active
         walk = Walk(gram.shape, random_order(gram, generator))
-        conflicts = walk.run(gram, gram * -inverse[:, :, None], lambda s, product: product.clamp_max_(0))
-        mixing = walk.by_pair(conflicts, torch.zeros_like(gram)).mul_(-inverse[:, None, :])
+        conflicts = walk.run(gram, gram * scale[:, :, None], lambda s, product: product.clamp_max_(0))
+        mixing = walk.by_pair(conflicts, torch.zeros_like(gram)).mul_(scale[:, None, :])
         if active is not None:
             mixing *= active[:, :, None]
         mixing.diagonal(dim1=-2, dim2=-1).fill_(1)

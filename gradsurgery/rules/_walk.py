@@ -36,8 +36,10 @@ class Walk:
         self._shape = shape
         self._partner = order.reshape(groups * tasks, tasks - 1)
         self._meetings = self._partner.T.contiguous()  # [K-1, N]: the task j that is met
-        first = torch.arange(0, groups * tasks, tasks, device=order.device).repeat_interleave(tasks)
-        self._rows = self._meetings + first  # [K-1, N]: the row of j among all rows of all groups
+        self._rows = self._meetings  # [K-1, N]: the row of j among all rows of all groups
+        if groups > 1:
+            first = torch.arange(0, groups * tasks, tasks, device=order.device).repeat_interleave(tasks)
+            self._rows = self._meetings + first
 
     def by_meeting(self, pairs: Tensor) -> Tensor:
         """``[G, K, K]`` → ``[K-1, N, 1]``."""
