@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -96,7 +97,8 @@ def parameter_names(optimizer: torch.optim.Optimizer, model: nn.Module | None) -
     (``AdamW(model.named_parameters())``), or ``param0``, ``param1``, ….
 
     Raises:
-        ValueError: if the optimizer lacks a trainable parameter of the model, or holds one that is not the model's.
+        ValueError: if the optimizer lacks a trainable parameter of the model, or holds one that is not the model's; or if
+            there is no model, and the optimizer was given the same name twice.
     """
     held: dict[int, tuple[str, nn.Parameter]] = {}
     for group in optimizer.param_groups:
@@ -104,6 +106,12 @@ def parameter_names(optimizer: torch.optim.Optimizer, model: nn.Module | None) -
         for name, parameter in zip(names, group["params"], strict=True):
             held[id(parameter)] = name, parameter
     if model is None:
+        names = [name for name, _ in held.values()]
+        if twice := sorted(name for name, times in Counter(names).items() if times > 1):
+            raise ValueError(
+                f"The optimizer holds several parameters of the same name: {some(twice)}. Pass the module that contains "
+                "them all as `model`."
+            )
         return dict(held.values())
 
     known = {id(parameter): name for name, parameter in model.named_parameters()}

@@ -149,12 +149,17 @@ class SurgeryOptimizer(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: between ``backward`` and ``combine``.
+            ValueError: for parameters that are not the model's.
         """
         if self.due:
             raise RuntimeError("add_param_group() between backward() and combine(): step, or zero_grad(), first.")
         self.optimizer.add_param_group(param_group)
         old = list(self.groups)
-        self._gradients = TaskGradients(self.optimizer, self._model, self._spec)
+        try:
+            self._gradients = TaskGradients(self.optimizer, self._model, self._spec)
+        except BaseException:
+            self.optimizer.param_groups.pop()
+            raise
         if self._tasks is not None:
             self._rule_state = carried(self._rule_state, old, self._fresh_state(self._tasks), list(self.groups))
 
@@ -335,7 +340,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         check_match(surgery, self._identity())
         tasks = self._tasks if surgery["tasks"] is None else tuple(surgery["tasks"])
         state = None if tasks is None else self._fresh_state(tasks)
-        if state is not None and surgery["tasks"] is not None:  # else it is the checkpoint of an optimizer before its first step
+        if state is not None and surgery["tasks"] is not None:  # a checkpoint from before the first step has no tasks
             state = loaded(surgery["state"], state)
         self.optimizer.load_state_dict(state_dict)
         if tasks is not None and state is not None:
