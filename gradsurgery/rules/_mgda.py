@@ -58,38 +58,70 @@ class MGDA(Rule):
     def mix(
         self, gram: Tensor, state: State, *, active: Tensor | None = None, generator: torch.Generator | None = None
     ) -> tuple[Tensor, State]:
-        weights = self._solve(gram, active)
-        if active is not None:
-            weights = torch.where(active, weights, 1.0)
-        return torch.diag_embed(weights), state
+        return torch.diag_embed(self._solve(gram, active)).to(gram.dtype), state
 
     def _solve(self, gram: Tensor, active: Tensor | None) -> Tensor:
         if active is None:
             active = torch.ones(gram.shape[:2], dtype=torch.bool, device=gram.device)
+        if gram.device.type != "mps":  # which has no float64
+            gram = gram.double()
+        there = active.to(gram.dtype)
+        gram = gram * there[:, :, None] * there[:, None, :]
         largest = gram.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True)
         gram = gram / torch.where(largest > 0, largest, 1.0)[..., None]  # scale does not matter, range does
-        weights = active / active.sum(-1, keepdim=True).clamp(min=1).to(gram.dtype)
-        slope = (gram @ weights[..., None]).squeeze(-1)  # half the gradient of the objective in w
-        tolerance = max(self.tolerance, 4 * torch.finfo(gram.dtype).eps)
-        for iteration in range(self.iterations):
-            low, to = slope.masked_fill(~active, torch.inf).min(-1, keepdim=True)
-            high, source = slope.masked_fill(weights <= 0, -torch.inf).max(-1, keepdim=True)
-            gap = high - low  # -inf or nan where a group has no active task
-            if gram.device.type == "cpu" and iteration % _CHECK_EVERY == 1 and not (gap > tolerance).any():
-                break
-            row_to, row_source = (gram.take_along_dim(i[..., None], 1).squeeze(1) for i in (to, source))
-            curvature = row_to.gather(1, to) + row_source.gather(1, source) - 2 * row_to.gather(1, source)
-            available = weights.gather(1, source)
-            step = torch.where(gap > curvature * available, available, gap / curvature)
-            step = torch.where(gap > 0, step, 0.0)
-            weights = weights.scatter_add(1, to, step).scatter_add(1, source, -step)
-            slope = slope + step * (row_to - row_source)
-        else:
-            if gram.device.type == "cpu":
-                warnings.warn(
-                    f"MGDA stopped after {self.iterations} iterations with an optimality gap of {gap.max().item():.1e} "
-                    f"(tolerance {tolerance:.1e}): raise `iterations` or `tolerance`.",
-                    RuntimeWarning,
-                    stacklevel=3,
-                )
-        return weights
+        tolerance = max(self.tolerance, torch.finfo(gram.dtype).eps)
+        count = there.sum(-1, keepdim=True).clamp_min(1)
+
+        # An absent task has w = z = 1, which no step changes and no sum counts.
+        w = torch.where(active, 1 / count, 1.0)
+        slope = (gram @ (w * there)[..., None]).squeeze(-1)
+        z = torch.where(active, slope - slope.masked_fill(~active, torch.inf).amin(-1, keepdim=True) + 1, 1.0)
+        for _ in range(self.iterations):
+            gap = (w * z * there).sum(-1, keepdim=True)
+            open_ = gap > tolerance
+            if gram.device.type == "cpu" and not bool(open_.any()):
+                return w
+            newton = _Newton(gram, w, z, there)
+            # Where a step would lead that aims at w z = 0 at once tells how far to aim (Mehrotra).
+            dw, dz = newton.step(torch.zeros_like(w))
+            length = _longest(w, dw, z, dz)
+            ahead = ((w + length * dw) * (z + length * dz) * there).sum(-1, keepdim=True)
+            aim = (ahead / gap) ** 3 * gap / count
+            dw, dz = newton.step(aim - dw * dz)
+            length = torch.where(open_, 0.995 * _longest(w, dw, z, dz), 0.0)
+            fine = (dw.isfinite() & dz.isfinite()).all(-1, keepdim=True)  # else precision is exhausted: stay
+            w, z = torch.where(fine, w + length * dw, w), torch.where(fine, z + length * dz, z)
+        if gram.device.type == "cpu" and (gap := (w * z * there).sum(-1)).max() > tolerance:
+            warnings.warn(
+                f"MGDA stopped after {self.iterations} iterations with a relative duality gap of {gap.max().item():.1e} "
+                f"(tolerance {tolerance:.1e}): raise `iterations` or `tolerance`.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        return w
+
+
+class _Newton:
+    """Newton steps from one point: solutions of ``G dw - dl = dz``, ``w dz + z dw = aim - w z``, ``sum dw = 0``."""
+
+    def __init__(self, gram: Tensor, w: Tensor, z: Tensor, there: Tensor) -> None:
+        self._w, self._z, self._there = w, z, there
+        self._factors = torch.linalg.lu_factor_ex(gram + torch.diag_embed(z / w))[:2]
+        self._ones = self._solved(there)
+        self._sum = self._ones.sum(-1, keepdim=True)
+
+    def step(self, aim: Tensor) -> tuple[Tensor, Tensor]:
+        right = (aim / self._w - self._z) * self._there
+        free = self._solved(right)
+        dw = free - free.sum(-1, keepdim=True) / self._sum * self._ones
+        return dw, right - self._z / self._w * dw
+
+    def _solved(self, right: Tensor) -> Tensor:
+        solution: Tensor = torch.linalg.lu_solve(*self._factors, right[..., None])
+        return solution.squeeze(-1)
+
+
+def _longest(w: Tensor, dw: Tensor, z: Tensor, dz: Tensor) -> Tensor:
+    """The largest step, at most 1, that keeps both from becoming negative."""
+    limits = (torch.where(d < 0, -x / d, 1.0).amin(-1, keepdim=True) for x, d in ((w, dw), (z, dz)))
+    return torch.minimum(*limits).clamp_max(1)
