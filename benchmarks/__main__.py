@@ -62,7 +62,8 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Options, list[str]]:
     parser.add_argument("--quick", action="store_true", help="tiny sizes: sees that all works; the figures mean nothing")
     chosen = parser.parse_args(arguments)
     if chosen.list:
-        parser.exit(message="".join(f"{name:<12}{_summary(name)}\n" for name in FIGURES))
+        print("".join(f"{name:<12}{_summary(name)}\n" for name in FIGURES), end="")
+        parser.exit()
     if unknown := [name for name in chosen.names if name not in FIGURES]:
         parser.error(f"there is no {', '.join(unknown)}: choose from {', '.join(FIGURES)}")
     for name in ("repeats", "threads"):

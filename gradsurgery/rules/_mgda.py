@@ -10,8 +10,6 @@ from torch import Tensor
 
 from .._rule import Rule, State
 
-_CHECK_EVERY = 8
-
 
 @dataclass(frozen=True)
 class MGDA(Rule):
@@ -23,10 +21,10 @@ class MGDA(Rule):
     ``w_1 = clip((G_22 - G_12) / (G_11 + G_22 - 2 G_12), 0, 1)``.
 
     Args:
-        tolerance: the solver stops once no exchange between two weights lowers the objective at a rate above
-            ``tolerance`` times the largest squared norm.
-        iterations: at most this many exchanges. On the CPU the solver stops early, elsewhere it runs ``iterations``
-            exchanges without looking, since looking would wait for the device.
+        tolerance: the solver stops where the duality gap, which bounds the excess of the squared norm, is below
+            ``tolerance`` times the largest squared norm of a gradient.
+        iterations: at most this many Newton steps. On the CPU the solver stops once all groups are done, and warns if they
+            are not; elsewhere it makes all of them without looking, since looking would wait for the device.
 
     Raises:
         ValueError: for settings that are not positive.
@@ -41,13 +39,13 @@ class MGDA(Rule):
         Multi-Objective Optimization*, NeurIPS 2018, Algorithm 2.
 
     Note:
-        The 2018 paper solves this with Frank-Wolfe steps towards one vertex, which converge slowly near a face. We move
-        weight between the pair of tasks that violates optimality most, with the same exact line search: the solution is
-        the same, and convergence is linear. For two tasks the first exchange is exact.
+        The 2018 paper solves this with Frank-Wolfe steps, of which a fixed number may end far from the solution. We use a
+        primal-dual interior-point method (Nocedal and Wright, *Numerical Optimization*, Algorithm 16.4), whose
+        convergence does not suffer from many tasks or from gradients that depend on each other.
     """
 
-    tolerance: float = 1e-10
-    iterations: int = 512
+    tolerance: float = 1e-14
+    iterations: int = 32
 
     def __post_init__(self) -> None:
         if not self.tolerance > 0:
@@ -61,6 +59,11 @@ class MGDA(Rule):
         return torch.diag_embed(self._solve(gram, active)).to(gram.dtype), state
 
     def _solve(self, gram: Tensor, active: Tensor | None) -> Tensor:
+        """The weights ``[G, K]``; 1 for absent tasks.
+
+        With multipliers ``z >= 0`` of ``w >= 0``, the solution has ``G w - l = z`` for some number ``l``, and ``w z = 0``.
+        From a point inside we take Newton steps on these equations, and let ``w z`` go to zero.
+        """
         if active is None:
             active = torch.ones(gram.shape[:2], dtype=torch.bool, device=gram.device)
         if gram.device.type != "mps":  # which has no float64
@@ -102,7 +105,7 @@ class MGDA(Rule):
 
 
 class _Newton:
-    """Newton steps from one point: solutions of ``G dw - dl = dz``, ``w dz + z dw = aim - w z``, ``sum dw = 0``."""
+    """Newton steps from one point: ``G dw - dl = dz``, ``w dz + z dw = aim - w z`` and ``sum dw = 0``."""
 
     def __init__(self, gram: Tensor, w: Tensor, z: Tensor, there: Tensor) -> None:
         self._w, self._z, self._there = w, z, there
@@ -111,6 +114,7 @@ class _Newton:
         self._sum = self._ones.sum(-1, keepdim=True)
 
     def step(self, aim: Tensor) -> tuple[Tensor, Tensor]:
+        """``dw`` and ``dz``, all ``[G, K]``."""
         right = (aim / self._w - self._z) * self._there
         free = self._solved(right)
         dw = free - free.sum(-1, keepdim=True) / self._sum * self._ones

@@ -31,16 +31,13 @@ class Autograd:
 
 
 def _grad(root: Root, parameters: Sequence[Tensor], retain_graph: bool, shared: bool) -> Sequence[Tensor | None]:
-    def run(retain_graph: bool) -> Sequence[Tensor | None]:
-        return torch.autograd.grad([root.output], parameters, [root.gradient], retain_graph=retain_graph, allow_unused=True)
-
     try:
-        return run(retain_graph)
+        return torch.autograd.grad([root.output], parameters, [root.gradient], retain_graph=retain_graph, allow_unused=True)
     except RuntimeError as error:
         # Compiled models recycle their buffers in the backward pass unless told not to, and then refuse to keep the
         # graph. That only matters if losses share it, which is tried out: nothing has been computed or freed yet.
         if "donated" in str(error) and retain_graph and shared:
-            return run(retain_graph=False)
+            return _grad(root, parameters, False, shared)
         if "second time" in str(error) and shared:
             raise RuntimeError(
                 f"The loss of task {root.name!r} shares a compiled forward pass with another loss, and torch.compile let "
