@@ -80,7 +80,6 @@ def _sample(contender: Contender, calls: int) -> float:
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
     was_enabled = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         yield

@@ -15,7 +15,8 @@ from ._losses import Losses, read_losses, task_names
 from ._rule import Rule, State, implements
 from ._state import carried, check_match, guarded, loaded
 from ._step import Step
-from .sources import Root, source_named
+from .sources import Root
+from .sources._named import source_named
 
 T = TypeVar("T")
 

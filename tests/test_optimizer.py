@@ -560,3 +560,81 @@ def test_repr():
     assert lines[7] == "  optimizer: SGD ("
     opt.backward({"up": model(torch.ones(1, 3)).sum()})
     assert "  tasks: up" in repr(opt).splitlines()
+
+
+# --- What cannot be wrapped -------------------------------------------------------------------------------------------
+
+
+def sgd(*modules):
+    return torch.optim.SGD([p for module in modules for p in module.parameters()], lr=0.1)
+
+
+def distributed(model):
+    """A DistributedDataParallel that has no process group to talk to."""
+    wrapper = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(wrapper)
+    wrapper.module = model
+    return wrapper
+
+
+MODEL, OTHER = nn.Linear(2, 3), nn.Linear(3, 1)
+REFUSED = {
+    "no optimizer": (
+        lambda: wrap(MODEL, gs.PCGrad(), [1]),
+        TypeError,
+        r"`optimizer` must be a torch.optim.Optimizer. Found list",
+    ),
+    "a wrapped optimizer": (
+        lambda: wrap(MODEL, gs.PCGrad(), wrap(MODEL, gs.PCGrad())),
+        TypeError,
+        r"`optimizer` is a SurgeryOptimizer already. To apply several rules, use Chain\(rule, rule\)",
+    ),
+    "no rule": (
+        lambda: wrap(MODEL, "pcgrad"),
+        TypeError,
+        r"`rule` must be a gradsurgery rule, such as PCGrad\(\). Found 'pcgrad'",
+    ),
+    "a class of rules": (lambda: wrap(MODEL, gs.PCGrad), TypeError, r"`rule` must be a gradsurgery rule"),
+    "an unknown way": (
+        lambda: wrap(MODEL, gs.PCGrad(), nonfinite="ignore"),
+        ValueError,
+        r"`nonfinite` must be 'propagate', 'raise' or 'skip'. Found 'ignore'",
+    ),
+    "parameters that are not in the optimizer": (
+        lambda: wrap(nn.ModuleList([MODEL, OTHER]), gs.PCGrad(), sgd(MODEL)),
+        ValueError,
+        r"parameters that the optimizer does not hold: 1\.weight, 1\.bias\. Add them to the optimizer, freeze them",
+    ),
+    "parameters that are not in the model": (
+        lambda: wrap(MODEL, gs.PCGrad(), sgd(MODEL, OTHER)),
+        ValueError,
+        r"parameters that are not in `model`: param2 \(1, 3\), param3 \(1,\)\. Pass the module that contains them all",
+    ),
+    "a distributed model": (
+        lambda: wrap(distributed(MODEL), gs.PCGrad(), sgd(MODEL)),
+        ValueError,
+        r"is a DistributedDataParallel.*Pass model\.module, and all-reduce p\.grad between combine\(\) and step\(\)",
+    ),
+    "a rule for a task that is not there": (
+        lambda: wrap(MODEL, gs.GradVac(tasks=("z",)), tasks=("a", "b")),
+        ValueError,
+        r"GradVac's `tasks` names \['z'\], but the tasks are \['a', 'b'\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_wrapped(what):
+    make, error, message = REFUSED[what]
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_frozen_parameters_need_not_be_in_the_optimizer():
+    model = Heads()
+    model.trunk.requires_grad_(False)
+    opt = wrap(model, gs.PCGrad(), torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))
+    assert not any(name.startswith("trunk") for name in opt.groups["model"])
+    opt.backward(model.losses(batch(dtype=torch.float32)))
+    opt.step()
+    assert model.trunk[0].weight.grad is None

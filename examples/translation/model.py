@@ -6,7 +6,6 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from .data import END, LONGEST, PAD, START
 
@@ -56,10 +55,6 @@ class Translator(nn.Module):
             hidden = block(hidden, memory, tgt_mask=ahead, memory_key_padding_mask=padding, tgt_is_causal=True)
         return self.output(hidden)
 
-    def losses(self, source: Tensor, target: Tensor) -> Tensor:
-        """The cross-entropy of each target symbol given those before it, ``[B, T - 1]``; zero at padding."""
-        scores = self(source, target[:, :-1])
-        return cross_entropy(scores.transpose(1, 2), target[:, 1:], ignore_index=PAD, reduction="none")
 
     @torch.no_grad()
     def translate(self, source: Tensor) -> Tensor:

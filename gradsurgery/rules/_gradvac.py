@@ -11,7 +11,8 @@ from torch import Tensor
 from .._rule import Rule, State
 from ._walk import Walk, random_order
 
-_CANCELLED = 16  # what remains of a unit vector's squared length is rounding, below this many units of precision
+# What remains of a unit vector's squared length is rounding, below this. Gram matrices may be from products in float32.
+_ROUNDING = 16 * torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class GradVac(Rule):
         approaches 1: after many steps with nearly identical gradients, one small change would make an enormous step. We
         stop on the way to the target where ``||g'_i||`` reaches ``max_growth`` times ``||g_i||``. Pairs with a zero
         gradient, and a ``g'_i`` that a projection has cancelled, have no cosine: nothing happens, and their target stays.
+        Within 1e-3 of each other, directions count as the same: in float32 they cannot be told apart much better.
     """
 
     beta: float = 1e-2
@@ -127,7 +129,8 @@ class GradVac(Rule):
             nonlocal length
             along.append(product)
             lengths.append(length)
-            across = torch.addcmul(length, product, product, value=-1).clamp_min_(0)  # h^2
+            # h^2, and 0 where it is rounding: equal gradients must not be lengthened towards a target near 1.
+            across = torch.threshold_(torch.addcmul(length, product, product, value=-1), _ROUNDING, 0.0)
             wanted = torch.addcmul(nothing[s], slopes[s], across.sqrt())
             allowed = (bound - across).clamp_min_(0).sqrt_()
             raised = torch.maximum(product, torch.minimum(wanted, allowed))
@@ -141,7 +144,7 @@ class GradVac(Rule):
         if self.target is None and along:
             # A g'_i that was cancelled has no cosine, and an absent pair is not asked for one.
             measured, square_i = torch.stack(along), torch.stack(lengths)
-            known = walk.by_meeting(operated) & (square_i > _CANCELLED * torch.finfo(gram.dtype).eps)
+            known = walk.by_meeting(operated) & (square_i > _ROUNDING)
             old = walk.by_meeting(state["target"])
             cosine = (measured * square_i.rsqrt()).clamp(-1, 1).to(old.dtype)
             new = torch.where(known, torch.lerp(old, cosine, self.beta), old)

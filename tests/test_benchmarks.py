@@ -1,0 +1,83 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("torchjd")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.__main__ import FIGURES, main, parse
+from benchmarks.report import Figure, overhead, table
+from benchmarks.timing import Contender, interleaved, ratios
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield before
+    torch.set_num_threads(before)
+
+
+def test_everything_runs_in_small(tmp_path, capsys, threads):
+    figures = main(["--quick", "--threads", "1", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    for figure in figures:
+        assert f"| {figure.name} " in printed
+    written = json.loads((tmp_path / "figures.json").read_text())
+    assert [row["name"] for row in written["figures"]] == [figure.name for figure in figures]
+    assert {"python", "torch", "torchjd", "threads", "cpu"} <= written["environment"].keys()
+    assert table(figures) in (tmp_path / "figures.md").read_text()
+    assert (tmp_path / "rules.png").stat().st_size > 10_000
+
+
+def test_runs_what_is_named(tmp_path, threads):
+    figures = main(["surgery", "--quick", "--threads", "1", "--out", str(tmp_path)])
+    assert figures
+    assert all(figure.name.startswith("surgery alone") for figure in figures)
+
+
+def test_lists_all_figures(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        parse(["--list"])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(FIGURES)
+
+
+@pytest.mark.parametrize("arguments", [["step", "walk"], ["--repeats", "0"], ["--threads", "-1"]])
+def test_wrong_arguments_are_named(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse(arguments)
+    assert arguments[-1] in capsys.readouterr().err
+
+
+def test_contenders_take_turns():
+    calls = []
+    contenders = {
+        name: Contender(lambda n=name: calls.append(n), lambda n=name: calls.append(f"before {n}")) for name in "ab"
+    }
+    samples = interleaved(contenders, 3)
+    warm_up = [*["before a", "a"] * 2, *["before b", "b"] * 2]
+    assert calls == warm_up + ["before a", "a", "before b", "b"] * 3
+    assert [len(times) for times in samples.values()] == [3, 3]
+
+
+def test_ratio_is_the_median_of_pairs():
+    # A machine that becomes ten times slower in between changes no ratio.
+    assert ratios([2.0, 4.0, 60.0], [1.0, 2.0, 20.0]) == (2.0, (2.0, 2.5))
+    assert ratios([3.0], [2.0]) == (1.5, (1.5, 1.5))
+
+
+def test_figures_know_whether_they_met_their_target():
+    assert overhead("", [2.0], [1.0], 2).met
+    assert not overhead("", [2.1], [1.0], 2).met
+    assert overhead("", [2.1], [1.0]).met is None
+    assert Figure("", 1.0, 20.0, 20.0, target=">= 20").met
+    assert Figure("", 1.0, 19.0, 19.0, target=">= 20").cells()[-1] == "**no**"
+    assert Figure("", 3 * 2**20, 2**20, 3.0, unit="B").cells()[1] == "3.0 MiB"
+    assert [Figure("", seconds, 1.0, 1.0).cells()[1] for seconds in (2, 2e-3, 2e-6, 2e-9)] == [
+        "2 s",
+        "2 ms",
+        "2 µs",
+        "2 ns",
+    ]
