@@ -208,9 +208,7 @@ def test_pure(rule, situation, masked):
 def test_finite(rule, situation, dtype):
     jacobian, orders, targets = situation
     matrix = gram(jacobian).to(dtype)  # up to 1e20
-    state = mapped(
-        lambda _, v: v.to(dtype) if v.is_floating_point() else v, some_state(rule, len(jacobian), 1, targets)
-    )
+    state = mapped(lambda _, v: v.to(dtype) if v.is_floating_point() else v, some_state(rule, len(jacobian), 1, targets))
     with fixed_orders(orders):
         mixing, new = rule.mix(matrix, state)
     assert mixing.isfinite().all()

@@ -55,7 +55,6 @@ class Translator(nn.Module):
             hidden = block(hidden, memory, tgt_mask=ahead, memory_key_padding_mask=padding, tgt_is_causal=True)
         return self.output(hidden)
 
-
     @torch.no_grad()
     def translate(self, source: Tensor) -> Tensor:
         """Greedy decoding: ``[B, S]`` → ``[B, T]``, without the start symbol, padded after the end."""

@@ -38,9 +38,9 @@ class Settings:
         decoded: validation pairs of each language that are translated; the loss is taken over all.
     """
 
-    steps: int = 240
+    steps: int = 160
     batch: int = 16
-    width: int = 96
+    width: int = 64
     layers: int = 2
     rate: float = 3e-3
     decoded: int = 40

@@ -1,0 +1,134 @@
+"""Tables and pictures of the runs."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+import gradsurgery as gs
+
+from .data import FAMILY
+from .train import Run
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+_T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # Student's t by seeds
+
+
+def interval(values: Sequence[float], digits: int = 3) -> str:
+    """The mean, and with several values its 95 % interval."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return f"{mean:.{digits}f}"
+    half = _T95.get(len(values), 2.26) * statistics.stdev(values) / len(values) ** 0.5
+    return f"{mean:.{digits}f} ± {half:.{digits}f}"
+
+
+def tables(runs: Sequence[Run]) -> str:
+    """What the demo prints at the end."""
+    methods = list(dict.fromkeys(run.method for run in runs))
+    of = {method: [run for run in runs if run.method == method] for method in methods}
+    languages = list(runs[0].loss)
+    lines = [
+        "Validation loss per character (nats; lower is better) and chrF of greedy translations (higher is better):",
+        "",
+    ]
+    rows = [["", *(f"{method} {what}" for what in ("loss", "chrF") for method in methods)]]
+    for language in languages:
+        losses = [interval([run.loss[language] for run in of[method]]) for method in methods]
+        chrfs = [interval([run.chrf[language] for run in of[method]], 1) for method in methods]
+        rows.append([language, *losses, *chrfs])
+    losses = [interval([_mean(run.loss) for run in of[method]]) for method in methods]
+    chrfs = [interval([_mean(run.chrf) for run in of[method]], 1) for method in methods]
+    rows.append(["average", *losses, *chrfs])
+    lines += _aligned(rows)
+
+    lines += ["", "What the rules saw and did, and what it cost:", ""]
+    base = statistics.median(of[methods[0]][0].milliseconds)
+    rows = [["", "pairs in conflict", "pairs operated on", "step", f"relative to {methods[0]}"]]
+    for method in methods:
+        conflict = statistics.fmean(run.recorder.conflict_rate() for run in of[method])
+        operated = statistics.fmean(run.recorder.operation_rate() for run in of[method])
+        step = statistics.median(ms for run in of[method] for ms in run.milliseconds)
+        rows.append([method, f"{conflict:.1%}", f"{operated:.1%}", f"{step:.0f} ms", f"{step / base:.2f}"])
+    lines += _aligned(rows)
+
+    if len(of[methods[0]]) > 1 and len(methods) > 1:
+        lines += ["", f"Difference of the average loss to {methods[0]}, with the same seeds (negative is better):", ""]
+        for method in methods[1:]:
+            pairs = zip(of[method], of[methods[0]], strict=True)
+            lines.append(f"  {method:<8} {interval([_mean(a.loss) - _mean(b.loss) for a, b in pairs])}")
+    lines += [
+        "",
+        "A demo of this size shows how surgery works and what it costs, not that one method wins: differences between",
+        "methods are to be read against those between seeds (--seeds 5).",
+    ]
+    return "\n".join(lines)
+
+
+def pictures(runs: Sequence[Run], out: Path) -> list[Path]:
+    """Draws the pictures of the first seed, and returns where they are."""
+    first = {run.method: run.recorder for run in runs if run.seed == runs[0].seed}
+    recorder = first["Sum"] if "Sum" in first else next(iter(first.values()))
+    drawn = {
+        "cosines": gs.plots.cosine_heatmap(recorder, groups=["encoder.*"], families=FAMILY),
+        "similarity": gs.plots.similarity(recorder),
+        "operations": gs.plots.operations({name: found for name, found in first.items() if name != "Sum"} or first),
+        "losses": _losses(first),
+    }
+    drawn["cosines"].set_title("Cosine similarity of encoder gradients, English into …")
+    paths = []
+    for name, ax in drawn.items():
+        paths.append(out / f"{name}.png")
+        ax.figure.savefig(paths[-1], dpi=120)
+        plt.close(ax.figure)
+    return paths
+
+
+def results(runs: Sequence[Run], out: Path) -> None:
+    """Writes ``results.json``."""
+    content = [
+        {
+            "method": run.method,
+            "seed": run.seed,
+            "loss": run.loss,
+            "chrf": run.chrf,
+            "conflict_rate": run.recorder.conflict_rate(),
+            "operation_rate": run.recorder.operation_rate(),
+            "median_step_ms": statistics.median(run.milliseconds),
+        }
+        for run in runs
+    ]
+    (out / "results.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _losses(recorders: Mapping[str, gs.Recorder]) -> plt.Axes:
+    ax = plt.subplots(figsize=(7, 4), layout="constrained")[1]
+    for name, recorder in recorders.items():
+        mean = recorder.losses.mean(1)
+        window = max(1, len(mean) // 40)
+        ax.plot(recorder.steps[window - 1 :], np.convolve(mean, np.ones(window) / window, "valid"), label=name)
+    ax.set(xlabel="step", ylabel="training loss per character (nats)", title="Mean loss of all languages")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False)
+    return ax
+
+
+def _mean(values: Mapping[str, float]) -> float:
+    return statistics.fmean(values.values())
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  "
+        + "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
