@@ -391,6 +391,16 @@ def test_what_autograd_returned_is_not_written_to():
     assert all(torch.equal(gradient, copied) for gradient, copied in seen)
 
 
+def test_a_block_that_autograd_returned_is_not_written_to():
+    rows, block = _buffer.Rows(), torch.ones(2, 3)
+    rows.add_block([0, 1], block)
+    rows.add(1, torch.ones(3))
+    rows.add_block([0, 1], torch.ones(2, 3))
+    assert torch.equal(block, torch.ones(2, 3))
+    assert rows.of[0].tolist() == [2, 2, 2]
+    assert rows.of[1].tolist() == [3, 3, 3]
+
+
 @pytest.mark.parametrize("source", ["autograd", "batched"])
 def test_rows_are_freed(source):
     model = Heads()

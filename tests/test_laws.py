@@ -253,7 +253,7 @@ def test_a_common_factor_changes_nothing(rule, situation, factor):
 @quick
 @given(situation=situations(widest=0), factors=st.lists(st.sampled_from([1e-7, 0.3, 12.0, 1e7]), min_size=5, max_size=5))
 def test_only_directions_decide_what_is_operated_on(rule, situation, factors):
-    # Rules on pairs: task i's gradient changes in proportion, whatever the lengths of the others.
+    # Each task's gradient changes in proportion to its own length, whatever the lengths of the others.
     jacobian, orders, targets = situation
     scaled = jacobian * np.array(factors[: len(jacobian)])[:, None]
     state = some_state(rule, len(jacobian), 1, targets)
@@ -298,7 +298,7 @@ def test_a_zero_gradient_changes_nothing_and_is_not_changed(rule, situation, dat
     tasks = len(jacobian)
     zero = data.draw(st.integers(0, tasks - 1))
     others = np.array([k for k in range(tasks) if k != zero])
-    jacobian[zero] = 0
+    jacobian = np.where(np.arange(tasks)[:, None] == zero, 0.0, jacobian)
     state = some_state(rule, tasks, 1, targets)
     with fixed_orders(orders):
         mixing, new = rule.mix(gram(jacobian), state)
@@ -337,22 +337,18 @@ def test_no_groups_and_no_active_task(rule):
     check_same_state(new, state, rtol=0, atol=0)
 
 
-@rules("identity", "sum", "mean", "mgda", "gradvac, mgda")  # rules that move gradients, not only weigh them
+@rules("identity", "sum", "mean", "mgda", "gradvac, mgda")  # rules that only weigh have no rank to lose
 @quick
 @given(situation=situations(min_tasks=2, widest=0))
-def test_low_rank_gives_the_limit_of_full_rank(rule, situation):
-    # A copy of one task: its Gram matrix is singular, and all that depends on it must still be continuous. Of a pair that
-    # is almost parallel, GradVac measures the distance in square roots of rounding, so look from 1e-9 away with 1e-3 left.
+def test_low_rank_is_the_limit_of_full_rank(rule, situation):
     jacobian, orders, targets = situation
-    targets = np.minimum(targets, 0.5)
-    tasks = len(jacobian)
-    jacobian[0] = jacobian[1]
-    nearby = jacobian.copy()
+    exact = np.vstack([jacobian[1], jacobian[1:]])  # task 0 becomes a copy of task 1: the Gram matrix is singular
+    nearby = exact.copy()
     nearby[0, 0] += 1e-9
-    state = some_state(rule, tasks, 1, targets)
+    state = some_state(rule, len(jacobian), 1, targets)
     with fixed_orders(orders):
-        exact, near = (rule.mix(gram(j), state)[0][0] @ torch.tensor(j) for j in (jacobian, nearby))
-    torch.testing.assert_close(exact, near, rtol=0, atol=1e-2)
+        found, limit = (rule.mix(gram(j), state)[0][0] @ torch.tensor(j) for j in (exact, nearby))
+    torch.testing.assert_close(found, limit, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("second", RULES.values(), ids=RULES)
@@ -431,8 +427,7 @@ def test_gradvac_never_lengthens_a_gradient_by_more_than_max_growth(situation, t
     jacobian, orders, _ = situation
     found, _ = oracles.modified(gs.GradVac(target=target, max_growth=max_growth), jacobian, orders=orders)
     lengths = np.linalg.norm(jacobian, axis=1)
-    # The rule measures h^2 with an error of 2e-6 where gradients are parallel.
-    assert (np.linalg.norm(found, axis=1) <= max_growth * lengths * (1 + 1e-5)).all()
+    assert (np.linalg.norm(found, axis=1) <= max_growth * lengths * (1 + CLOSE)).all()
 
 
 # --- MGDA -------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import lr_scheduler, swa_utils
 
 import gradsurgery as gs
+from gradsurgery._state import carried
 
 
 def batch(step=0, dtype=torch.float64):
@@ -189,19 +190,14 @@ def test_added_parameters_are_trained_and_others_keep_their_state():
     assert opt.rule_state["target"][2].any()
 
 
-def test_groups_keep_their_state_by_name_when_their_order_changes():
-    model = Growing()
-    opt = wrap(model, gs.GradVac(beta=0.5), groups={"late": ["second.*"], "early": ["first.*"]})
-    opt.backward(model.losses(batch(dtype=torch.float32)))
-    opt.step()
-    opt.zero_grad()
-    before = dict(zip(opt.groups, opt.rule_state["target"].clone(), strict=True))
-    assert not torch.equal(before["early"], before["late"])
-    model.third = nn.Linear(4, 4)
-    opt.add_param_group({"params": list(model.third.parameters())})
-    after = dict(zip(opt.groups, opt.rule_state["target"], strict=True))
-    assert set(after) == {"early", "late", "(rest)"}
-    assert all(torch.equal(after[group], before[group]) for group in before)
+def test_a_state_is_carried_over_by_name():
+    old = {"target": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "count": torch.tensor(5), "0": {"steps": torch.tensor([6, 7])}}
+    new = {"target": torch.zeros(3, 2), "count": torch.tensor(0), "0": {"steps": torch.zeros(3, dtype=torch.int64)}}
+    found = carried(old, ["x", "y"], new, ["y", "z", "x"])
+    assert found["target"].tolist() == [[3, 4], [0, 0], [1, 2]]
+    assert found["count"] == 5  # not of groups
+    assert found["0"]["steps"].tolist() == [7, 0, 6]
+    assert not new["target"].any()
 
 
 def test_no_parameters_are_added_while_gradients_are_due():
@@ -287,6 +283,24 @@ def test_closure():
     torch.testing.assert_close(opt.step(closure), total)
     assert not opt.due
     check_close(model, plain)
+
+
+class Bare(torch.optim.SGD):
+    """An optimizer that calls its closure without turning gradients on."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        value = closure()
+        super().step()
+        return value
+
+
+def test_gradients_are_on_in_a_closure_whatever_the_optimizer_does():
+    model = Heads()
+    before = copy.deepcopy(model)
+    opt = wrap(model, gs.PCGrad(), Bare(model.parameters(), lr=0.1))
+    opt.step(lambda: opt.backward(model.losses(batch(dtype=torch.float32))))
+    assert not torch.equal(model.adapter.weight, before.adapter.weight)
 
 
 def test_lbfgs():

@@ -298,9 +298,22 @@ def test_the_count_survives_a_checkpoint():
     other = wrap(Bent(), gs.PCGrad(), nonfinite="skip")
     other.load_state_dict(opt.state_dict())
     assert other.skipped == {"b": 2}
+
+
+def test_the_count_in_a_checkpoint_is_a_copy():
+    model = Bent()
+    opt = wrap(model, gs.PCGrad(), nonfinite="skip")
+    for number in range(2):
+        opt.backward(bad_losses(model))
+        opt.combine()
+        if not number:
+            saved = opt.state_dict()
+    assert saved["surgery"]["skipped"] == {"b": 1}
+    opt.load_state_dict(saved)
     opt.backward(bad_losses(model))
-    opt.step()
-    assert other.skipped == {"b": 2}  # it is a copy
+    opt.combine()
+    assert opt.skipped == {"b": 2}
+    assert saved["surgery"]["skipped"] == {"b": 1}
 
 
 def test_skip_under_a_scaler():
@@ -460,3 +473,16 @@ def test_two_passes_over_the_gradients_and_no_more(rule, source):
             getattr(opt.last, what)
         repr(opt.last)
     assert count.names == []
+
+
+def test_two_passes_when_tasks_come_and_go():
+    model = nn.Linear(50, 40, bias=False)
+    opt = wrap(model, gs.PCGrad(), tasks=TASKS)
+    for tasks in ("ab", "bc", "abc", "ac", "abc"):
+        out = model(torch.randn(3, 50))
+        opt.backward({task: out[:, k].square().mean() + out.mean() for k, task in enumerate("abc") if task in tasks})
+        with Count(2000) as count:
+            opt.combine()
+        opt.zero_grad()
+        if tasks == "abc":  # each task has been seen here before, so that its row has a place
+            assert sorted(name for name in count.names if name not in VIEWS) == ["mm", "mv"]

@@ -35,7 +35,7 @@ class Translator(nn.Module):
         self.register_buffer("positions", _sinusoids(LONGEST + 2, width), persistent=False)
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
-        """Source ``[B, S]`` and the target so far ``[B, T]`` → scores of the next symbol at every position, ``[B, T, V]``."""
+        """Source ``[B, S]`` and the target so far ``[B, T]`` → scores of the next symbol everywhere, ``[B, T, V]``."""
         return self.decode(target, *self.encode(source))
 
     def encode(self, source: Tensor) -> tuple[Tensor, Tensor]:

@@ -72,8 +72,16 @@ class Chain(Rule):
         for i, rule in enumerate(self.rules):
             if implements(rule, "mix"):
                 step, new[str(i)] = rule.mix(gram, state[str(i)], active=active, generator=generator)
-                gram, mixing = step @ gram @ step.mT, step @ mixing
+                gram, mixing = _mixed(gram, step), step @ mixing
         return mixing, new
 
     def observe(self, step: Step, state: State) -> State:
         return {str(i): rule.observe(step, state[str(i)]) for i, rule in enumerate(self.rules)}
+
+
+def _mixed(gram: Tensor, mixing: Tensor) -> Tensor:
+    """``M G M^T``. A gradient of which only rounding is left has been cancelled: it is zero."""
+    result = mixing @ gram @ mixing.mT
+    terms = (mixing.abs() @ gram.abs() @ mixing.abs().mT).diagonal(dim1=-2, dim2=-1)
+    left = result.diagonal(dim1=-2, dim2=-1) > 8 * torch.finfo(gram.dtype).eps * terms
+    return torch.where(left[:, :, None] & left[:, None, :], result, 0.0)

@@ -57,7 +57,7 @@ class GradVac(Rule):
         approaches 1: after many steps with nearly identical gradients, one small change would make an enormous step. We
         stop on the way to the target where ``||g'_i||`` reaches ``max_growth`` times ``||g_i||``. Pairs with a zero
         gradient, and a ``g'_i`` that a projection has cancelled, have no cosine: nothing happens, and their target stays.
-        Within 1e-3 of each other, directions count as the same: in float32 they cannot be told apart much better.
+        Targets above ``1 - 1e-6`` count as that: angles below 1e-3 are rounding, in a Gram matrix from float32 products.
     """
 
     beta: float = 1e-2
@@ -117,7 +117,8 @@ class GradVac(Rule):
 
         walk = Walk(gram.shape, random_order(gram, generator))
         target = state["target"].to(gram.dtype) if self.target is None else torch.full_like(gram, self.target)
-        slope = target / (1 - target**2).sqrt().clamp_min(1e-30)
+        # Of equal gradients, h is rounding. Not multiplied by more than this, it cannot ask for a length above their own.
+        slope = (target / (1 - target**2).sqrt().clamp_min(1e-30)).clamp_max(_ROUNDING**-0.5)
         slopes = walk.by_meeting(slope).unbind()
         nothing = walk.by_meeting(torch.where(operated & (target > -1), 0.0, -torch.inf).to(gram.dtype)).unbind()
         bound = self.max_growth**2
@@ -129,8 +130,7 @@ class GradVac(Rule):
             nonlocal length
             along.append(product)
             lengths.append(length)
-            # h^2, and 0 where it is rounding: equal gradients must not be lengthened towards a target near 1.
-            across = torch.threshold_(torch.addcmul(length, product, product, value=-1), _ROUNDING, 0.0)
+            across = torch.addcmul(length, product, product, value=-1).clamp_min_(0)  # h^2
             wanted = torch.addcmul(nothing[s], slopes[s], across.sqrt())
             allowed = (bound - across).clamp_min_(0).sqrt_()
             raised = torch.maximum(product, torch.minimum(wanted, allowed))
