@@ -110,6 +110,11 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             raise TypeError(f"`rule` must be a gradsurgery rule, such as PCGrad(). Found {rule!r}.")
         if nonfinite not in ("propagate", "raise", "skip"):
             raise ValueError(f"`nonfinite` must be 'propagate', 'raise' or 'skip'. Found {nonfinite!r}.")
+        if nonfinite != "propagate" and source == "batched":
+            raise ValueError(
+                f"nonfinite={nonfinite!r} needs source='autograd': in a vectorised pass, one task's inf or nan reaches the "
+                "gradients of all others."
+            )
         self.optimizer = optimizer
         self.rule = rule
         self.nonfinite = nonfinite
