@@ -21,6 +21,15 @@ STARTS = {"first": (-8.5, 7.5), "second": (-8.5, -5.0), "third": (9.0, 9.0)}
 LR, STEPS = 3e-3, 6000
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    # Thousands of tiny operations: where cores are shared, a second thread costs ten times what it saves.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def losses_of(x1, x2):
     """L_1 and L_2 as in the papers, on tensors."""
     floor = torch.tensor(5e-6, dtype=x1.dtype)

@@ -38,7 +38,7 @@ class Settings:
         decoded: validation pairs of each language that are translated; the loss is taken over all.
     """
 
-    steps: int = 160
+    steps: int = 100
     batch: int = 16
     width: int = 64
     layers: int = 2
