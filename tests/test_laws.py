@@ -97,11 +97,11 @@ def check_same_mixing(rule, found, expected, jacobian):
     if not solves(rule):
         torch.testing.assert_close(relative(found, jacobian), relative(expected, jacobian), rtol=CLOSE, atol=CLOSE)
         return
-    # A relative gap of 1e-10 is 1e-5 of the longest gradient; a rule before MGDA may have made it up to 10 times longer.
+    # A relative gap of 1e-14 is 1e-7 of the longest gradient; a rule before MGDA may have made it up to 10 times longer.
     jacobian = torch.as_tensor(jacobian)
     longest = jacobian.norm(dim=-1).amax(-1, keepdim=True)
     combined, other = ((m.sum(-2, keepdim=True) @ jacobian).squeeze(-2) / longest for m in (found, expected))
-    torch.testing.assert_close(combined, other, rtol=0, atol=1e-4)
+    torch.testing.assert_close(combined, other, rtol=0, atol=1e-5)
 
 
 def check_same_state(found, expected, **tolerance):
@@ -449,8 +449,7 @@ def test_mgda_has_the_smallest_norm_and_conflicts_with_no_task(jacobian):
     assert weights.min() >= 0
     assert weights.sum() == pytest.approx(1, abs=1e-9)
     direction, largest = weights @ jacobian, np.linalg.norm(jacobian, axis=1).max()
-    # The relative duality gap is at most 1e-10, and rounding adds a little.
-    slack = 3e-10 * largest**2
+    slack = 1e-13 * largest**2  # the relative duality gap is at most 1e-14, and rounding adds a little
     assert direction @ direction <= oracles.mgda(jacobian) @ oracles.mgda(jacobian) + slack
     assert (jacobian @ direction >= direction @ direction - slack).all()
 
@@ -462,7 +461,7 @@ def test_mgda_is_zero_where_a_convex_combination_vanishes(jacobian, data):
     weights = np.array(data.draw(st.lists(st.floats(0.1, 1), min_size=len(jacobian), max_size=len(jacobian))))
     jacobian = np.vstack([jacobian, -weights @ jacobian])
     direction = gs.operate(torch.tensor(jacobian), gs.MGDA()).numpy()
-    assert np.linalg.norm(direction) <= 2e-5 * np.linalg.norm(jacobian, axis=1).max()
+    assert np.linalg.norm(direction) <= 1e-6 * np.linalg.norm(jacobian, axis=1).max()
 
 
 @dataclass(frozen=True)

@@ -161,8 +161,8 @@ def test_nan_for_parallel_opposite_and_zero_gradients(rule, jacobian, dtype):
     ],
 )
 def test_parallel_opposite_and_zero_gradients_by_hand(case, rule, factor):
-    # MGDA stops 1e-5 of the largest gradient away from the answer, at most.
-    tolerance = 1e-4 if isinstance(rule, gs.MGDA) else 1e-14
+    # MGDA stops 1e-7 of the largest gradient away from the answer, at most.
+    tolerance = 1e-6 if isinstance(rule, gs.MGDA) else 1e-14
     torch.testing.assert_close(gs.operate(DEGENERATE[case], rule), factor * rows(V)[0], rtol=0, atol=tolerance)
 
 

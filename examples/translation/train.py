@@ -38,8 +38,8 @@ class Settings:
         decoded: validation pairs of each language that are translated; the loss is taken over all.
     """
 
-    steps: int = 100
-    batch: int = 16
+    steps: int = 60
+    batch: int = 8
     width: int = 64
     layers: int = 2
     rate: float = 3e-3
