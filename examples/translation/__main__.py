@@ -68,7 +68,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=Settings.steps, help="optimizer steps of each method")
     parser.add_argument("--seed", type=int, default=0, help="the first seed: initial weights, batches, random orders")
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds; several give 95%% intervals")
-    parser.add_argument("--threads", type=int, default=2, help="that PyTorch computes with")
+    parser.add_argument("--threads", type=int, default=1, help="that PyTorch computes with; more are no quicker here")
     parser.add_argument("--out", type=Path, default=Path("out/translation"), help="folder for pictures and results")
     parser.add_argument("--quick", action="store_true", help="a few tiny steps, to see that everything works")
     options = parser.parse_args(arguments)

@@ -87,7 +87,7 @@ def pictures(runs: Sequence[Run], out: Path) -> list[Path]:
     paths = []
     for name, ax in drawn.items():
         paths.append(out / f"{name}.png")
-        ax.figure.savefig(paths[-1], dpi=120)
+        ax.figure.savefig(paths[-1], dpi=120, bbox_inches="tight")
         plt.close(ax.figure)
     return paths
 
