@@ -15,8 +15,7 @@ def corpus():
 
 
 def test_demo_runs(tmp_path, capsys):
-    threads = torch.get_num_threads()
-    out = main(["--quick", "--out", str(tmp_path / "out"), "--threads", str(threads), "--seeds", "2"])
+    out = main(["--quick", "--out", str(tmp_path / "out"), "--seeds", "2"])
     printed = capsys.readouterr().out
     for name in (*DEFAULT, "average", "Sum", "PCGrad", "GradVac", "pairs in conflict", "pairs operated on"):
         assert name in printed
