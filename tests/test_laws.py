@@ -31,15 +31,6 @@ RULES = {
 every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    # Thousands of tiny operations: where cores are shared, a second thread costs ten times what it saves.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def rules(*exclude):
     kept = {name: rule for name, rule in RULES.items() if name not in exclude}
     return pytest.mark.parametrize("rule", kept.values(), ids=kept)

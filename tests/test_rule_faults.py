@@ -19,15 +19,6 @@ RULES = [gs.Sum(), gs.Mean(), gs.PCGrad(), gs.GradVac(), gs.GradVac(target=0.5),
 every_rule = pytest.mark.parametrize("rule", RULES, ids=repr)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    # Thousands of tiny operations: where cores are shared, a second thread costs ten times what it saves.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def rows(*vectors, dtype=torch.float64):
     return torch.tensor(vectors, dtype=dtype)
 
