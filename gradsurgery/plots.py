@@ -61,7 +61,7 @@ def cosine_heatmap(
         for (i, j), cosine in np.ndenumerate(cosines):
             if np.isfinite(cosine):
                 colour = "white" if abs(cosine) > 0.65 * limit else "black"
-                ax.text(j, i, f"{cosine:.2f}", ha="center", va="center", fontsize=8, color=colour)
+                ax.text(j, i, f"{cosine:.2f}".replace("-0.00", "0.00"), ha="center", va="center", fontsize=8, color=colour)
     if families is not None:
         _frame_families(ax, [families.get(name, "") for name in names])
     ax.set_title("Cosine similarity of the tasks' gradients")
@@ -138,8 +138,7 @@ def operations(
     for name, recorder in recordings.items():
         counts = recorder.operated[:, recorder.select(groups)].sum((1, 2, 3)).astype(np.float32)
         smoothed = _smooth(counts, max(1, len(counts) // 40) if window is None else window)
-        (line,) = ax.plot(recorder.steps, smoothed, label=f"{name} ({recorder.operation_rate(groups):.0%} of pairs)")
-        ax.fill_between(recorder.steps, smoothed, color=line.get_color(), alpha=0.12)
+        ax.plot(recorder.steps, smoothed, label=f"{name} ({recorder.operation_rate(groups):.0%} of pairs)")
     ax.set_ylim(bottom=0)
     ax.set_xlabel("step")
     ax.set_ylabel("pairs operated on")

@@ -70,10 +70,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds; several give 95%% intervals")
     parser.add_argument("--threads", type=int, default=1, help="that PyTorch computes with; more are no quicker here")
     parser.add_argument("--out", type=Path, default=Path("out/translation"), help="folder for pictures and results")
-    parser.add_argument("--quick", action="store_true", help="a few tiny steps, to see that everything works")
+    parser.add_argument("--quick", action="store_true", help="three tiny steps, to see that everything works")
     options = parser.parse_args(arguments)
     if unknown := [name for name in options.languages if name not in CODES]:
         parser.error(f"--languages: there is no {', '.join(unknown)}. Choose from {', '.join(CODES)}.")
+    if len(set(options.methods)) < len(options.methods):
+        parser.error("--methods: each can be there once; --seeds repeats them.")
     if len(options.languages) < 2 or len(set(options.languages)) < len(options.languages):
         parser.error("--languages: at least two different ones are needed.")
     for name in ("steps", "seeds", "threads"):

@@ -38,7 +38,7 @@ class Settings:
         decoded: validation pairs of each language that are translated; the loss is taken over all.
     """
 
-    steps: int = 120
+    steps: int = 240
     batch: int = 8
     width: int = 64
     layers: int = 2
