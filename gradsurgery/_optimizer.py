@@ -267,21 +267,26 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         if self.nonfinite != "propagate":
             self._check_finite(self._tasks)
         plan = gradients.plan(self._tasks)
-        steps = []
+        steps, before, state, finite = [], self._rule_state, self._rule_state, []
         for level in plan.levels:
             gram = level.gram(gradients.rows, gradients.dtype)
             if self._scale is not None:
                 gram = gram / self._scale.to(gram) ** 2
             mixing, state = self.rule.mix(
-                gram, self._rule_state, active=None if level.full else level.active, generator=self._generator
+                gram, state, active=None if level.full else level.active, generator=self._generator
             )
-            self._rule_state = guarded(gram, old=self._rule_state, new=state)
+            finite.append(gram.isfinite().all())
             steps.append((gram, mixing))
             coefficients = (mixing * level.active[:, :, None]).sum(-2)
             for p, combined in level.combine(gradients.rows, coefficients):
                 gradients.accumulate(p, combined)
         for p in plan.alone:
-            gradients.accumulate(p, gradients.rows[p].alone())
+            combined = gradients.rows[p].alone()
+            if state is not before:
+                values = combined._values() if combined.is_sparse else combined
+                finite.append(values.isfinite().all().to(gradients.device))
+            gradients.accumulate(p, combined)
+        self._rule_state = guarded(finite, old=before, new=state)
         losses, present = (torch.stack(values) for values in zip(*self._passes, strict=True))
         self.last = plan.record(steps, losses.sum(0).masked_fill(~present.any(0), torch.nan))
         self._forget()

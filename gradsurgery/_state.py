@@ -24,16 +24,16 @@ def zip_states(combine: Callable[[Any, Any], Any], new: State, old: State) -> St
     return result
 
 
-def guarded(gram: Tensor, *, old: State, new: State) -> State:
-    """The new state; or the old one if the Gram matrices hold inf or nan, as in a step that ``GradScaler`` will skip."""
+def guarded(finite: Sequence[Tensor], *, old: State, new: State) -> State:
+    """The new state; or the old one unless all gradients were finite: ``GradScaler`` will skip such a step."""
     if new is old:
         return old
-    finite = gram.isfinite().all()
+    all_finite = torch.stack(list(finite)).all()
 
     def choose(new: Any, old: Any) -> Any:
         if new is old or not (isinstance(new, Tensor) and isinstance(old, Tensor)) or new.shape != old.shape:
             return new
-        return torch.where(finite, new, old)
+        return torch.where(all_finite, new, old)
 
     return zip_states(choose, new, old)
 

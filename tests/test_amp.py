@@ -188,3 +188,27 @@ def test_autocast(source):
             assert parameter.grad.dtype == torch.float32
             torch.testing.assert_close(parameter.grad, expected[name], **tolerance)
         opt.zero_grad()
+
+
+@pytest.mark.parametrize("place", ["head", "narrow"])
+def test_an_inf_anywhere_leaves_the_state_as_it_was(place):
+    """Also where it reaches no inner product, or only those of another cell of the group."""
+    torch.manual_seed(0)
+    trunk, narrow, head = (torch.nn.Parameter(torch.randn(3)) for _ in range(3))
+    opt = gs.SurgeryOptimizer(torch.optim.SGD([trunk, narrow, head], lr=0.1), gs.GradVac(beta=0.3), tasks=("a", "b", "c"))
+    for number in range(3):
+        factors = {"head": 1.0, "narrow": 1.0}
+        if number == 1:
+            factors[place] = torch.inf
+        opt.backward(
+            {
+                "a": (trunk.square().sum() + factors["narrow"] * narrow.sum()),
+                "b": (trunk.sum() + narrow.square().sum()),
+                "c": (trunk.prod() + factors["head"] * head.sum()),
+            }
+        )
+        before = opt.rule_state["target"].clone()
+        opt.combine()
+        assert torch.equal(opt.rule_state["target"], before) == (number == 1)
+        assert all(p.grad.isfinite().all() for p in (trunk, narrow, head)) == (number != 1)
+        opt.zero_grad()
