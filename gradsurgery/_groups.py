@@ -103,20 +103,30 @@ def _named(spec: str, name: str, model: nn.Module | None) -> str:
         return "model"
     if spec == "tensor":
         return name
-    owner = name.rpartition(".")[0]
+    assert model is not None
+    owner = _owner(name, model)
     if spec == "module":
         return owner or ROOT
-    assert model is not None
     return _block(owner, model) or owner.partition(".")[0] or ROOT
+
+
+def _owner(name: str, model: nn.Module) -> str:
+    """The module that holds a parameter; of a parametrized one (weight norm, say), the module whose parameter it makes."""
+    module, path = model, []
+    for part in name.split(".")[:-1]:
+        path.append(part)
+        module = module.get_submodule(part)
+        if isinstance(module, ParametrizationList):  # at "….parametrizations.weight"
+            return ".".join(path[:-2])
+    return ".".join(path)
 
 
 def _block(owner: str, model: nn.Module) -> str | None:
     """The outermost item of a ModuleList or Sequential on the way from the model to the module ``owner``."""
     module, path = model, []
     for part in owner.split(".") if owner else ():
-        repeated = isinstance(module, (nn.ModuleList, nn.Sequential)) and not isinstance(module, ParametrizationList)
         path.append(part)
-        if repeated:
+        if isinstance(module, (nn.ModuleList, nn.Sequential)):
             return ".".join(path)
         module = module.get_submodule(part)
     return None

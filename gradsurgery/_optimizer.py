@@ -211,13 +211,17 @@ class SurgeryOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: without losses, and for a loss that is no scalar, has no graph, is of an unknown task, or reaches
-                none of the parameters. The gradients of this step are then forgotten.
+                none of the parameters.
 
         Note:
+            An error in a backward pass, or a loss that reaches nothing, leaves some rows added to and others not: all
+            gradients of the step are then forgotten.
+
             In a 1-D tensor, each task reaches whatever the tensor depends on, except directly behind ``torch.stack`` or
             ``torch.cat`` where the tasks are still apart. With heads of their own, pass a mapping.
         """
         found = read_losses(losses, self._tasks)
+        before = self._tasks, self._rule_state
         if self._tasks is None:
             self._set_tasks(task_names(losses))
         assert self._tasks is not None
@@ -245,7 +249,8 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         try:
             self._source(roots, parameters, rows, retain_graph=retain_graph)
         except BaseException:
-            self._forget()  # some of the rows have been added to, and some have not
+            self._forget()
+            self._tasks, self._rule_state = before
             raise
         self._passes.append((values, present))
 

@@ -47,6 +47,19 @@ class Bent(nn.Module):
         return {task: (out.sum(1) + k * out[:, k] - 2 * k + 1).square().mean() for k, task in enumerate(self.tasks)}
 
 
+def batch(step=0):
+    """Inputs of both models."""
+    return torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+
+
+def pcgrad(a, b):
+    """PCGrad's combined gradient of two tasks, line by line."""
+    product = a @ b
+    if product >= 0:
+        return a + b
+    return a - product / (b @ b) * b + b - product / (a @ a) * a
+
+
 def wrap(model, rule, optimizer=None, **settings):
     """The optimizer wrapper around SGD, unless another optimizer is given."""
     return gs.SurgeryOptimizer(optimizer or torch.optim.SGD(model.parameters(), lr=0.1), rule, model=model, **settings)

@@ -4,15 +4,11 @@ import copy
 
 import pytest
 import torch
-from conftest import Bent, Heads, check_same, combined, task_gradients, wrap
+from conftest import Bent, Heads, batch, check_same, combined, task_gradients, wrap
 
 import gradsurgery as gs
 
 RULES = [gs.PCGrad(), gs.GradVac(beta=0.3), gs.MGDA(), gs.Mean()]
-
-
-def batch(step=0):
-    return torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
 
 
 def scaled_step(model, opt, scaler, number, factor=1.0):

@@ -6,24 +6,11 @@ import weakref
 
 import pytest
 import torch
-from conftest import Bent, Heads, check_gradients, check_same, combined, task_gradients, wrap
+from conftest import Bent, Heads, batch, check_gradients, check_same, combined, pcgrad, task_gradients, wrap
 from torch import nn
 
 import gradsurgery as gs
 from gradsurgery import _buffer
-
-
-def batch(step=0):
-    return torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
-
-
-def pcgrad(a, b):
-    """Two tasks, line by line."""
-    product = a @ b
-    if product >= 0:
-        return a + b
-    return a - product / (b @ b) * b + b - product / (a @ a) * a
-
 
 # --- Sparse gradients -------------------------------------------------------------------------------------------------
 

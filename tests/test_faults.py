@@ -4,24 +4,12 @@ import copy
 
 import pytest
 import torch
-from conftest import TASKS, Bent, Heads, check_same, task_gradients, wrap
+from conftest import TASKS, Bent, Heads, batch, check_same, pcgrad, task_gradients, wrap
 from torch import nn
 
 import gradsurgery as gs
 
 RULES = [gs.Mean(), gs.PCGrad(), gs.GradVac(target=0.5), gs.MGDA()]
-
-
-def batch(step=0):
-    return torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
-
-
-def pcgrad(a, b):
-    """Two tasks, line by line."""
-    product = a @ b
-    if product >= 0:
-        return a + b
-    return a - product / (b @ b) * b + b - product / (a @ a) * a
 
 
 class TwoHeads(nn.Module):

@@ -98,6 +98,9 @@ def test_parametrized_modules():
         "blocks.0": ("blocks.0.bias", *(f"blocks.0.{name}" for name in original)),
         "blocks.1": ("blocks.1.weight", "blocks.1.bias"),
     }
+    assert groups_of(model, "module") == groups_of(model, "layer")  # a weight stays with its bias
+    root = parametrizations.weight_norm(nn.Linear(3, 3))
+    assert groups_of(root, "layer") == groups_of(root, "module") == {"(root)": ("bias", *original)}
 
 
 class Gain(nn.Module):
@@ -114,7 +117,18 @@ def test_a_parametrization_with_parameters_of_its_own():
     model.linear = nn.Linear(3, 3, bias=False)
     parametrize.register_parametrization(model.linear, "weight", Gain())
     names = ("linear.parametrizations.weight.original", "linear.parametrizations.weight.0.gain")
-    assert groups_of(model, "layer") == {"linear": names}
+    assert groups_of(model, "layer") == groups_of(model, "module") == {"linear": names}
+
+
+def test_a_module_that_is_merely_called_parametrizations():
+    model = nn.Module()
+    model.parametrizations = nn.ModuleDict({"weight": nn.Linear(3, 3)})
+    names = ("parametrizations.weight.weight", "parametrizations.weight.bias")
+    model.x = nn.Linear(1, 1)
+    assert groups_of(model, "module") == {
+        "parametrizations.weight": names,
+        "x": ("x.weight", "x.bias"),
+    }
 
 
 def test_transformer():

@@ -319,6 +319,19 @@ def test_a_loss_that_reaches_no_parameter(source):
 
 
 @pytest.mark.parametrize("source", ["autograd", "batched"])
+def test_a_failed_first_step_teaches_no_tasks(source):
+    model, other = nn.Linear(4, 2), nn.Linear(4, 2)
+    opt = wrap(model, gs.GradVac(), source=source)
+    with pytest.raises(ValueError, match="reaches none"):
+        opt.backward({"typo": scalar(other)})
+    assert opt.tasks is None
+    assert opt.rule_state == {}
+    opt.backward({"a": scalar(model), "b": 2 * scalar(model)})
+    opt.combine()
+    assert opt.tasks == ("a", "b")
+
+
+@pytest.mark.parametrize("source", ["autograd", "batched"])
 def test_a_loss_of_frozen_parameters_only(source):
     model = nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 2))
     model[0].requires_grad_(False)

@@ -35,7 +35,8 @@ RULES = [gs.Sum(), gs.Mean(), gs.PCGrad(), gs.GradVac(), gs.GradVac(target=0.5),
 
 @pytest.mark.parametrize("rule", RULES, ids=repr)
 @pytest.mark.parametrize("source", ["autograd", "batched"])
-def test_step(rule, source, monkeypatch):
+def test_device(rule, source, monkeypatch):
+    """The law of this name, in whole steps."""
     # On the CPU, where it costs nothing, the range of float32 products is looked at. Take the way of other devices.
     monkeypatch.setattr(_buffer, "_products_are_exact", lambda: False)
     torch.manual_seed(0)

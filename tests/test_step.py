@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from conftest import TASKS, Bent, Heads, check_gradients, check_same, combined, task_gradients, wrap
+from conftest import TASKS, Bent, Heads, batch, check_gradients, check_same, combined, task_gradients, wrap
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -13,10 +13,6 @@ import gradsurgery as gs
 
 RULES = [gs.Sum(), gs.Mean(), gs.PCGrad(), gs.GradVac(beta=0.5), gs.GradVac(target=0.9), gs.MGDA()]
 RULES.append(gs.Chain(gs.PCGrad(), gs.GradVac(), gs.Mean()))
-
-
-def batch(step=0):
-    return torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
 
 
 def vector(gradients, names):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from scipy import stats
 
 import gradsurgery as gs
 
@@ -19,15 +20,13 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
-_T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # Student's t by seeds
-
 
 def interval(values: Sequence[float], digits: int = 3) -> str:
     """The mean, and with several values its 95 % interval."""
     mean = statistics.fmean(values)
     if len(values) < 2:
         return f"{mean:.{digits}f}"
-    half = _T95.get(len(values), 2.26) * statistics.stdev(values) / len(values) ** 0.5
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
     return f"{mean:.{digits}f} ± {half:.{digits}f}"
 
 
