@@ -50,7 +50,7 @@ def cosine_heatmap(
     limit = max(float(np.nanmax(np.abs(cosines), initial=0.0)), 1e-3)
     image = ax.imshow(cosines, cmap=_colours(), vmin=-limit, vmax=limit)
     bar = ax.figure.colorbar(image, ax=ax, fraction=0.046, pad=0.04)
-    bar.outline.set_visible(False)
+    bar.ax.spines["outline"].set_visible(False)
     bar.set_label("cosine similarity")
     ax.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
     ax.set_yticks(range(len(names)), names)
