@@ -64,13 +64,20 @@ class Rows:
         self._inside.add(task)
         return self._block[self._layout.index(task)].copy_(gradient)
 
-    def add_block(self, tasks: Sequence[int], block: Tensor) -> None:
-        """Adds the gradients ``[len(tasks), ...]`` of several tasks, in increasing order. The block may be kept."""
+    def add_block(self, tasks: Sequence[int], block: Tensor, *, owned: bool = False) -> None:
+        """Adds the gradients ``[len(tasks), ...]`` of several tasks, in increasing order.
+
+        The block may be kept. It is not modified, unless it is ``owned``: nobody else's.
+        """
         if self.of:
+            inside = self._owned and self._block is not None and self._inside == set(tasks) and self._layout == tuple(tasks)
+            if inside and self._block is not None:
+                self._block.add_(block)
+                return
             for task, gradient in zip(tasks, block, strict=True):
                 self.add(task, gradient)
         else:
-            self._layout, self._block, self._inside, self._owned = tuple(tasks), block.contiguous(), set(tasks), False
+            self._layout, self._block, self._inside, self._owned = tuple(tasks), block.contiguous(), set(tasks), owned
             self.of = dict(zip(tasks, self._block, strict=True))
 
     def drop(self, task: int) -> None:

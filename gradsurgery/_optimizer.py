@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
+from ._buffer import Rows
 from ._gradients import TaskGradients
 from ._groups import Groups, GroupSpec, unwrap
 from ._losses import Losses, read_losses, task_names
+from ._mixed import MixedBatch, TaskIds
 from ._rule import Rule, State, implements
 from ._state import carried, check_match, guarded, loaded
 from ._step import Step
 from .sources import Root
 from .sources._named import source_named
+from .sources._split import Pass
 
 T = TypeVar("T")
 
 _log = logging.getLogger("gradsurgery")
+
+
+class _Partial(Exception):
+    """Something went wrong when some rows may have been added to."""
+
+
+@contextmanager
+def _partial() -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        raise _Partial from error
 
 
 class SurgeryOptimizer(torch.optim.Optimizer):
@@ -47,7 +63,8 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             for each module that holds parameters; ``"tensor"``: one for each parameter; a mapping from names to lists of
             patterns (the first group that matches; what matches none is in ``"(rest)"``); or a function
             ``(name, parameter) -> group name``.
-        tasks: names of the tasks; learned from the first call of :meth:`backward` otherwise.
+        tasks: names of the tasks, or their number (names are then "0", "1", …); learned from the first call of
+            :meth:`backward` otherwise.
         source: how per-task gradients are computed. ``"autograd"``: one backward pass per loss; ``"batched"``: one
             vectorised pass.
         chunk_size: for ``source="batched"``, how many losses at a time; None means all.
@@ -56,6 +73,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             parameter; ``"skip"``: the task sits out this step, counted in :attr:`skipped` and logged. The last two look at
             every gradient and wait for the device.
         seed: of the generator that random rules draw from.
+        verify: compare the gradients of the first single pass (see :meth:`split`) with a plain backward pass.
 
     Attributes:
         optimizer: the optimizer inside.
@@ -87,6 +105,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
     """
 
     _scale: Tensor | None  # of the losses, by a GradScaler
+    _split: MixedBatch | None  # whose losses are awaited
     _passes: list[tuple[Tensor, Tensor]]  # since the last combination: losses, and which tasks were there
 
     def __init__(
@@ -96,11 +115,12 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         *,
         model: nn.Module | None = None,
         groups: GroupSpec = "model",
-        tasks: Iterable[str] | None = None,
+        tasks: Iterable[str] | int | None = None,
         source: str = "autograd",
         chunk_size: int | None = None,
         nonfinite: str = "propagate",
         seed: int = 0,
+        verify: bool = True,
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"`optimizer` must be a torch.optim.Optimizer. Found {type(optimizer).__name__}.")
@@ -128,9 +148,10 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         self._gradients = TaskGradients(optimizer, self._model, groups)
         self._generator = torch.Generator(self._gradients.device).manual_seed(seed)
         self._indices: dict[tuple[int, ...], Tensor] = {}
+        self._verify = verify
         self._forget()
         if tasks is not None:
-            self._set_tasks(tasks)
+            self._set_tasks(map(str, range(tasks)) if isinstance(tasks, int) else tasks)
         super().__setstate__({})  # what an Optimizer needs beside its parameters: hooks, and the patched step
 
     # --- What makes it an Optimizer: everything but the gradients is the inner one's. ---------------------------------
@@ -198,12 +219,60 @@ class SurgeryOptimizer(torch.optim.Optimizer):
 
     # --- Per-task gradients -------------------------------------------------------------------------------------------
 
+    @contextmanager
+    def split(self, task_ids: TaskIds, *, reduction: str = "mean") -> Iterator[None]:
+        """Says to which task each sample of a mixed batch belongs, for the forward pass inside.
+
+        :meth:`backward` then takes one loss for each sample, and computes all tasks' gradients in a *single pass*: one
+        backward pass of the whole batch, whatever the number of tasks.
+
+        Args:
+            task_ids: ``[B]``, for each sample of the batch the index of its task, or its name; in any order. A tensor is
+                best left on the CPU: its values are needed there.
+            reduction: a task's loss is the ``"mean"``, or the ``"sum"``, over its samples' losses (over all their elements
+                if they are ``[B, ...]``). Tasks without samples are absent.
+
+        Raises:
+            ValueError: for unknown tasks, other shapes, if the tasks' names are not known yet, and if an earlier batch was
+                split and not taken through :meth:`backward`.
+
+        Example:
+            >>> import torch, gradsurgery as gs
+            >>> model = torch.nn.Linear(2, 1)
+            >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> opt = gs.SurgeryOptimizer(sgd, gs.PCGrad(), model=model, tasks=["up", "down"])
+            >>> x, task_ids = torch.randn(8, 2), torch.tensor([0, 1, 1, 0, 0, 1, 0, 1])
+            >>> with opt.split(task_ids):
+            ...     losses = (model(x).squeeze(1) - 1).square()
+            >>> opt.backward(losses)
+            >>> opt.step()
+
+        Note:
+            The losses of a sample must depend on no other task's samples: batch normalisation in training mode, for one,
+            is an error that says so. Nothing of the forward pass is changed. Operations on parameters that have no fast
+            way of their own are repeated for each task, in the backward pass.
+        """
+        if self._tasks is None:
+            raise ValueError("split() needs to know the tasks: make the optimizer with tasks=[...], their names or number.")
+        if self._split is not None:
+            raise ValueError(
+                "split() again, before the losses of the last one were passed to backward(). Call backward(losses) after "
+                "each split(), or zero_grad() to forget it."
+            )
+        self._split = MixedBatch(task_ids, self._tasks, reduction)
+        try:
+            yield
+        except BaseException:
+            self._split = None
+            raise
+
     def backward(self, losses: Losses, *, scaler: torch.amp.GradScaler | None = None, retain_graph: bool = False) -> None:
         """Computes each task's gradients, and adds them to its rows.
 
         Args:
             losses: task → scalar loss; or one scalar loss per task, in order; or a 1-D tensor of them. A step may hold
-                only some of the tasks; in a sequence, None marks the others.
+                only some of the tasks; in a sequence, None marks the others. After :meth:`split`: a tensor ``[B]`` or
+                ``[B, ...]`` of each sample's losses.
             scaler: a ``GradScaler``: the gradients are those of the scaled losses, while rules see them unscaled. Call
                 :meth:`combine` before ``scaler.unscale_`` or ``scaler.step``. Losses scaled by hand,
                 ``scaler.scale(loss)``, also work with rules for which a common factor makes no difference.
@@ -211,7 +280,8 @@ class SurgeryOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: without losses, and for a loss that is no scalar, has no graph, is of an unknown task, or reaches
-                none of the parameters.
+                none of the parameters; after :meth:`split`, if samples of different tasks interact.
+            RuntimeError: if the first single pass does not agree with a plain backward pass.
 
         Note:
             An error in a backward pass, or a loss that reaches nothing, leaves some rows added to and others not: all
@@ -220,39 +290,78 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             In a 1-D tensor, each task reaches whatever the tensor depends on, except directly behind ``torch.stack`` or
             ``torch.cat`` where the tasks are still apart. With heads of their own, pass a mapping.
         """
-        found = read_losses(losses, self._tasks)
         before = self._tasks, self._rule_state
+        try:
+            if self._split is not None:
+                batch, self._split = self._split, None
+                self._backward_mixed(batch.check(losses), batch, scaler, retain_graph)
+            else:
+                self._backward_tasks(losses, scaler, retain_graph)
+        except _Partial as partial:
+            self._forget()
+            self._tasks, self._rule_state = before
+            raise partial.__cause__ from None  # type: ignore[misc]
+
+    def _backward_tasks(self, losses: Losses, scaler: torch.amp.GradScaler | None, retain_graph: bool) -> None:
+        found = read_losses(losses, self._tasks)
         if self._tasks is None:
             self._set_tasks(task_names(losses))
         assert self._tasks is not None
         index = {name: k for k, name in enumerate(self._tasks)}
-        gradients = self._gradients
-        here = self._index(tuple(index[loss.name] for loss in found))
-        zeros = torch.zeros(len(self._tasks), dtype=gradients.dtype, device=gradients.device)
-        values = zeros.index_put((here,), torch.stack([loss.value.detach().reshape(()).to(zeros) for loss in found]))
-        present = torch.zeros_like(values, dtype=torch.bool).index_fill(0, here, True)
-
-        factors = torch.ones_like(values)
-        if implements(self.rule, "weigh"):
-            factors, self._rule_state = self.rule.weigh(values, self._rule_state, active=present)
-        if scaler is not None:
-            self._scale = scaler.scale(torch.ones((), device=gradients.device))
-            factors = factors * self._scale
+        like = self._per_task
+        values = like.index_put(
+            (self._index(tuple(index[loss.name] for loss in found)),),
+            torch.stack([loss.value.detach().reshape(()).to(like) for loss in found]),
+        )
+        factors, parameters, rows = self._begin(values, [index[loss.name] for loss in found], scaler)
         roots = [
             Root(index[loss.name], loss.name, loss.output, factors[index[loss.name]].to(loss.value).expand(loss.shape))
             for loss in found
         ]
-        if not self.due:
-            gradients.expect([root.task for root in roots])
-        trained = [p for p, parameter in enumerate(gradients.parameters) if parameter.requires_grad]
-        parameters, rows = [gradients.parameters[p] for p in trained], [gradients.rows[p] for p in trained]
-        try:
+        with _partial():
             self._source(roots, parameters, rows, retain_graph=retain_graph)
-        except BaseException:
-            self._forget()
-            self._tasks, self._rule_state = before
-            raise
+
+    def _backward_mixed(
+        self, losses: Tensor, batch: MixedBatch, scaler: torch.amp.GradScaler | None, retain_graph: bool
+    ) -> None:
+        verify = self._verify and not self.due
+        factors, parameters, rows = self._begin(batch.values(losses, self._per_task), batch.present, scaler)
+        names = [n for n, p in zip(self._gradients.names, self._gradients.parameters, strict=True) if p.requires_grad]
+        seeds = batch.seeds(losses, factors)
+        with _partial():
+            single = Pass(losses, batch.labels(losses), parameters, rows, names)
+            single.run(seeds, retain_graph=retain_graph or verify)
+            if verify:
+                weights = 0.5 + torch.rand(len(factors), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+                weights = weights.to(factors)
+                plain = torch.autograd.grad(
+                    [losses],
+                    parameters,
+                    [batch.seeds(losses, factors * weights)],
+                    retain_graph=retain_graph,
+                    allow_unused=True,
+                )
+                single.verify(weights, plain)
+                self._verify = False
+
+    def _begin(
+        self, values: Tensor, tasks: Iterable[int], scaler: torch.amp.GradScaler | None
+    ) -> tuple[Tensor, list[Tensor], list[Rows]]:
+        """What comes before a backward pass: the tasks' factors ``[K]``, and the parameters and rows that are trained."""
+        tasks = list(tasks)
+        present = torch.zeros_like(values, dtype=torch.bool).index_fill(0, self._index(tuple(tasks)), True)
+        factors = torch.ones_like(values)
+        if implements(self.rule, "weigh"):
+            factors, self._rule_state = self.rule.weigh(values, self._rule_state, active=present)
+        gradients = self._gradients
+        if scaler is not None:
+            self._scale = scaler.scale(torch.ones((), device=gradients.device))
+            factors = factors * self._scale
+        if not self.due:
+            gradients.expect(tasks)
         self._passes.append((values, present))
+        trained = [p for p, parameter in enumerate(gradients.parameters) if parameter.requires_grad]
+        return factors, [gradients.parameters[p] for p in trained], [gradients.rows[p] for p in trained]
 
     @torch.no_grad()
     def combine(self) -> None:
@@ -412,7 +521,13 @@ class SurgeryOptimizer(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         self._gradients.clear()
-        self._passes, self._scale = [], None
+        self._passes, self._scale, self._split = [], None, None
+
+    @property
+    def _per_task(self) -> Tensor:
+        """Zeros, one for each task."""
+        assert self._tasks is not None
+        return torch.zeros(len(self._tasks), dtype=self._gradients.dtype, device=self._gradients.device)
 
     def _index(self, tasks: tuple[int, ...]) -> Tensor:
         if tasks not in self._indices:

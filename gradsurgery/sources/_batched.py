@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from .._buffer import Rows
+from ._graph import reached_by
 from ._root import Root, unreached
 
 
@@ -38,7 +39,7 @@ class Batched:
         self, roots: Sequence[Root], parameters: Sequence[Tensor], rows: Sequence[Rows], *, retain_graph: bool
     ) -> None:
         roots = sorted(roots, key=lambda root: root.task)  # the order of rows in a block
-        reached = _reached([_node(root.output) for root in roots], parameters)
+        reached = reached_by([_node(root.output) for root in roots], parameters)
         for i, root in enumerate(roots):
             if not any((mask >> i) & 1 for mask in reached):
                 raise unreached(root)
@@ -79,47 +80,3 @@ class Batched:
 
 def _node(output: Tensor | GradientEdge) -> Node:
     return (output if isinstance(output, GradientEdge) else get_gradient_edge(output)).node
-
-
-def _reached(starts: Sequence[Node], parameters: Sequence[Tensor]) -> list[int]:
-    """For each parameter, the set of losses that reach it: a bit mask.
-
-    Each node is visited once, after all nodes that lead to it, and hands its mask on.
-    """
-    masks: dict[Node, int] = {}
-    for i, start in enumerate(starts):
-        masks[start] = masks.get(start, 0) | (1 << i)
-    leaves: dict[int, int] = {}
-    for node in _topological(masks):
-        mask = masks[node]
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            leaves[id(variable)] = leaves.get(id(variable), 0) | mask
-        for following in _following(node):
-            masks[following] = masks.get(following, 0) | mask
-    return [leaves.get(id(parameter), 0) for parameter in parameters]
-
-
-def _following(node: Node) -> Iterator[Node]:
-    return (edge[0] for edge in node.next_functions if edge[0] is not None)
-
-
-def _topological(starts: dict[Node, int]) -> list[Node]:
-    order: list[Node] = []
-    done: set[Node] = set()
-    for start in list(starts):
-        stack: list[tuple[Node, Iterator[Node]]] = []
-        if start not in done:
-            done.add(start)
-            stack.append((start, _following(start)))
-        while stack:
-            node, rest = stack[-1]
-            for following in rest:
-                if following not in done:
-                    done.add(following)
-                    stack.append((following, _following(following)))
-                    break
-            else:
-                order.append(node)
-                stack.pop()
-    return order[::-1]
