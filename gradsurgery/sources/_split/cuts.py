@@ -13,9 +13,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import Node
 
-from .flow import Passage, masked, present, signed
+from .flow import ELEMENTWISE, Passage, call, masked, present, signed
 from .labels import Labels, Segments, Shape, across, full, others
 
 
@@ -73,34 +73,17 @@ def general(passage: Passage, gradients: Sequence[Tensor | None], wanted: Sequen
             None if labels is None or gradient is None else masked(gradient, labels, [task])
             for labels, gradient in zip(passage.labels, gradients, strict=True)
         ]
-        for w, product in zip(wanted, pulled(passage.node, sent, wanted), strict=True):
+        products = call(passage.node, sent)
+        for w in wanted:
+            product = products[w.edge]
             if product is not None:
-                found[w.edge].append(product)
+                found[w.edge].append(product if product.is_sparse else product.sum_to_size(w.shape))
                 reached[w.edge].append(task)
     return {
         edge: (reached[edge], parts if all(part.is_sparse for part in parts) else torch.stack(parts))
         for edge, parts in found.items()
         if parts
     }
-
-
-def pulled(node: Node, gradients: Sequence[Tensor | None], wanted: Sequence[Wanted]) -> list[Tensor | None]:
-    """The node's vector-Jacobian product, for the inputs that are wanted.
-
-    The engine runs for this node alone. To call the node would not do: while the engine runs, a node computes what that run
-    needs, and no more.
-    """
-    there = [i for i, gradient in enumerate(gradients) if gradient is not None]
-    outputs: list[Any] = [GradientEdge(node, i) for i in there]
-    inputs: list[Any] = [GradientEdge(*w.target) for w in wanted]
-    distinct = list({(w.target): i for i, w in reversed(list(enumerate(wanted)))}.values())  # the first of each
-    found = torch.autograd.grad(
-        outputs, [inputs[i] for i in distinct], [gradients[i] for i in there], retain_graph=True, allow_unused=True
-    )
-    result: list[Tensor | None] = [None] * len(wanted)
-    for i, gradient in zip(distinct, found, strict=True):
-        result[i] = gradient
-    return result
 
 
 def split_labelled(tensor: Tensor, labels: Labels) -> tuple[list[int], Tensor]:
@@ -156,13 +139,27 @@ def products(left: Tensor, right: Tensor, found: Segments) -> Tensor:
 # --- Cuts -------------------------------------------------------------------------------------------------------------
 
 
+def _elementwise(p: Passage, gradients: Sequence[Tensor | None], wanted: Sequence[Wanted]) -> Blocks | None:
+    # Nodes leave it to the engine to sum a gradient to its input's shape: called by hand, they return it as it is.
+    found = call(p.node, gradients)
+    result: Blocks = {}
+    for w in wanted:
+        values = found[w.edge]
+        if values is None:
+            continue
+        if values.shape != p.outer[0]:
+            return None
+        result[w.edge] = summed(values, p.first, w.shape)
+    return result
+
+
 def _arithmetic(p: Passage, gradients: Sequence[Tensor | None], wanted: Sequence[Wanted]) -> Blocks | None:
     gradient = _there(gradients[0])
     result: Blocks = {}
     for w in wanted:
         values = _derivative(p, gradient, w.edge)
         if values is None:
-            return None
+            return _elementwise(p, gradients, wanted)
         values = values.real if w.real and values.is_complex() else values
         result[w.edge] = summed(values.expand(p.outer[0]), p.first, w.shape)
     return result
@@ -210,7 +207,7 @@ def _product(p: Passage, gradients: Sequence[Tensor | None], wanted: Sequence[Wa
         if labels is None:
             return None
         found = segments(np.ascontiguousarray(full(labels, p.outer[0], [dim])).reshape(-1))
-        other = p.saved(_OPERANDS[p.name][0 if is_right else 1])
+        other = p.saved(_OPERANDS[p.name][0 if is_right else 1]).conj()
         # The gradient of a transposed weight is made in the weight's own layout.
         flip = p.first.ndim == 2 and w.target[0].name() == "TBackward0"
         if is_right:
@@ -325,6 +322,7 @@ def _there(gradient: Tensor | None) -> Tensor:
 Cut: TypeAlias = Callable[[Passage, Sequence[Tensor | None], Sequence[Wanted]], "Blocks | None"]
 
 CUTS: dict[str, Cut] = {
+    **dict.fromkeys(ELEMENTWISE.split(), _elementwise),
     **dict.fromkeys(("Add", "Sub", "Mul", "Div", "PreluKernel"), _arithmetic),
     **dict.fromkeys(_OPERANDS, _product),
     "Expand": _expand,

@@ -23,6 +23,7 @@ from .labels import (
     Flow,
     Labels,
     Shape,
+    Unknown,
     across,
     compact,
     constant,
@@ -87,7 +88,10 @@ def flows(passage: Passage) -> Sequence[Flow]:
     if 0 in prod_sizes(passage):
         return [None] * len(passage.inner)
     rule = RULES.get(passage.name)
-    found = rule(passage) if rule is not None else None
+    try:
+        found = rule(passage) if rule is not None else None
+    except (AttributeError, Unknown):  # another release of PyTorch may keep other attributes
+        found = None
     if found is None:
         found = probed(passage)
     return [None if shape is None else flow for shape, flow in zip(passage.inner, found, strict=True)]
@@ -243,7 +247,7 @@ def _index(p: Passage) -> Sequence[Flow] | None:
         if index is None:
             key.append(slice(None))
             continue
-        array = _numbers(index)
+        array = index.detach().cpu().numpy()
         dims += range(len(key), len(key) + (array.ndim if array.dtype == bool else 1))
         key.append(array)
         if array.dtype == bool and array.ndim > 1:
@@ -262,7 +266,7 @@ def _index_select(p: Passage) -> Sequence[Flow]:
 
 def _index_put(p: Passage) -> Sequence[Flow] | None:
     indices = p.saved("indices")
-    keys = tuple(slice(None) if index is None else _numbers(index) for index in indices)
+    keys = tuple(slice(None) if index is None else index.detach().cpu().numpy() for index in indices)
     if len(p.inner) != 2:
         return None
     dims = [dim for dim, key in enumerate(keys) if not isinstance(key, slice)]
@@ -442,7 +446,7 @@ def _rnn_layer(p: Passage) -> Sequence[Flow] | None:
 
 
 def _numbers(index: Tensor) -> Any:
-    return index.detach().cpu().numpy()
+    return np.atleast_1d(index.detach().cpu().numpy())
 
 
 def _table(*entries: tuple[Rule, str]) -> dict[str, Rule]:
@@ -513,11 +517,37 @@ class Interaction(Exception):
 
 
 def call(node: Node, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """The node's vector-Jacobian product, for all of its inputs."""
+    """The node's vector-Jacobian product, for all of its inputs.
+
+    While the engine runs, a node computes no more than that run needs, even if it is called by hand. It is therefore called
+    inside a run of its own, which needs everything.
+    """
     function: Any = node.apply if isinstance(node, BackwardCFunction) else node
-    with torch.no_grad():
-        found = function(*gradients)
+    if torch._C._current_graph_task_id() == -1:
+        with torch.no_grad():
+            found = function(*gradients)
+    else:
+        box: list[Any] = []
+        apply: Any = _Apart.apply
+        with torch.enable_grad():
+            start = torch.zeros((), requires_grad=True)
+            torch.autograd.backward(apply(start, lambda: box.append(function(*gradients))))
+        (found,) = box
     return found if isinstance(found, tuple) else (found,)
+
+
+class _Apart(torch.autograd.Function):
+    """Does something in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, start: Tensor, action: Callable[[], None]) -> Tensor:
+        ctx.action = action
+        return start.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        ctx.action()
+        return None, None
 
 
 def masked(gradient: Tensor, labels: Labels, tasks: Sequence[int]) -> Tensor:

@@ -22,6 +22,10 @@ Shape: TypeAlias = tuple[int, ...]
 NOBODY = -1
 
 
+class Unknown(Exception):
+    """Nothing is known of how labels go on."""
+
+
 class Shared:
     """Instead of labels: elements that several tasks reach."""
 
@@ -145,10 +149,8 @@ def scattered(labels: Labels, index: Any, shape: Shape, dims: Sequence[int]) -> 
     result = np.full(keep, NOBODY, np.int32)
     picked = result[index]
     if picked.ndim != labels.ndim:
-        return SHARED
-    wide = np.broadcast_to(labels, np.broadcast_shapes(labels.shape, picked.shape))
-    if wide.shape != picked.shape:
-        return SHARED
+        raise Unknown
+    wide = np.broadcast_to(labels, picked.shape)
     result[index] = wide
     if not np.array_equal(result[index], wide):  # an element that is picked twice, by different tasks
         return SHARED

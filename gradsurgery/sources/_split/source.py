@@ -15,8 +15,8 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from ..._buffer import Rows
 from ..._groups import some
 from .._graph import reached_by, topological
-from .cuts import CUTS, Wanted, cut, general, pulled, split_labelled
-from .flow import Interaction, Passage, flows, signed
+from .cuts import CUTS, Wanted, cut, general, split_labelled
+from .flow import Interaction, Passage, call, flows, signed
 from .labels import SHARED, Flow, Labels, Shared, merge
 from .saved import keep_readable
 from .verify import differences, precision
@@ -333,15 +333,9 @@ class Pass:
             self._finish(retain_graph)
 
     def _hook(self, work: Work) -> Callable[[Any], None]:
-        busy = False
-
         def hook(gradients: Sequence[Tensor | None]) -> None:
-            nonlocal busy
-            if not busy:  # the work may send gradients through the node itself
-                busy = True
-                with torch.no_grad():
-                    self._do(work, gradients)
-                busy = False
+            with torch.no_grad():
+                self._do(work, gradients)
 
         return hook
 
@@ -352,14 +346,15 @@ class Pass:
             passage = Passage(passage.node, passage.name, labels, passage.outer, passage.inner)
         if any(own is not None for own in labels):
             blocks = cut(passage, gradients, work.shared) if work.shared else {}
-            products = pulled(passage.node, gradients, [wanted for wanted, _ in work.labelled]) if work.labelled else []
-            for (wanted, own), product in zip(work.labelled, products, strict=True):
+            products = call(passage.node, gradients) if work.labelled else ()
+            for wanted, own in work.labelled:
+                product = products[wanted.edge]
                 if product is None:
                     continue
                 if product.is_sparse:
                     blocks.update(general(passage, gradients, [wanted]))
                 else:
-                    blocks[wanted.edge] = split_labelled(product, own)
+                    blocks[wanted.edge] = split_labelled(product.sum_to_size(wanted.shape), own)
         else:
             blocks = {}
         for wanted in [*work.shared, *(wanted for wanted, _ in work.labelled)]:

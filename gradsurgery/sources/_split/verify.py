@@ -49,8 +49,8 @@ def differences(rows: Sequence[Rows], weights: Tensor, plain: Sequence[Tensor | 
             difference = total.norm().to(scale)
         off.append(difference)
         scales.append(scale)
-    own = torch.stack(scales)
-    return torch.stack(off) / torch.maximum(own, own.norm() / 100).clamp_min(torch.finfo(own.dtype).tiny)
+    each = torch.stack(scales)
+    return torch.stack(off) / torch.maximum(each, each.norm() / 100).clamp_min(torch.finfo(each.dtype).tiny)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
