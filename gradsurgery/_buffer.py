@@ -4,6 +4,9 @@ Row ``k`` of a parameter holds ``dL_k/dp``. A row that is not there is *absent*,
 a parameter lie next to each other in one block ``[k, ...]`` wherever the tasks that will reach it can be foreseen from the
 step before, and both passes read them where they are. Elsewhere (in a first step, in half precision) the passes gather
 some hundred thousand coordinates at a time. There never is a second copy of the rows.
+
+Rows of an embedding may be sparse: a task has gradients for the indices that it used. Indices that one task alone used take
+part in no inner product with another, so that only the indices that several tasks used are laid out as a block.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ class Rows:
         self._block: Tensor | None = None
         self._inside: set[int] = set()  # the tasks whose row is the block's
         self._owned = False  # whether the block is ours to add to; what autograd returns may be shared
-        self._sparse: tuple[Tensor, torch.Size] | None = None  # the indices that aligned rows stand for, and their shape
+        self._dense = False  # whether the result is to be dense although the rows are sparse
+        self._sparse: Sparse | None = None  # what aligned rows leave out
 
     @property
     def tasks(self) -> tuple[int, ...]:
@@ -42,8 +46,12 @@ class Rows:
         if not self.of and not set(tasks) <= set(self._layout):
             self._layout = tuple(sorted(self._ever.intersection(tasks)))
 
-    def add(self, task: int, gradient: Tensor) -> None:
-        """Adds a gradient to the task's row. The tensor may be kept, and is not modified."""
+    def add(self, task: int, gradient: Tensor, *, dense: bool = False) -> None:
+        """Adds a gradient to the task's row. The tensor may be kept, and is not modified.
+
+        A sparse gradient makes the combined one sparse too, unless it is ``dense`` by rights.
+        """
+        self._dense = self._dense or dense
         old = self.of.get(task)
         if old is None:
             self.of[task] = self._placed(task, gradient)
@@ -82,17 +90,19 @@ class Rows:
 
     def drop(self, task: int) -> None:
         """Forgets a task's row, as if the task had not reached the parameter."""
-        self.of.pop(task, None)
+        if self.of.pop(task, None) is not None and self._sparse is not None:
+            self._sparse.drop(task)
         self._inside.discard(task)
 
     def clear(self) -> None:
         """Frees the rows, and remembers which tasks they belonged to."""
         self._layout = self.tasks or self._layout
         self._ever.update(self.of)
-        self.of, self._block, self._inside, self._owned, self._sparse = {}, None, set(), False, None
+        self.of, self._block, self._inside, self._owned = {}, None, set(), False
+        self._dense, self._sparse = False, None
 
     def align(self) -> None:
-        """Brings rows of mixed layout into one form: sparse ones to dense values over the union of their indices."""
+        """Brings rows of mixed layout into one form: sparse ones to the dense values of the indices that several use."""
         rows = self.of
         sparse = [row.is_sparse for row in rows.values()]
         if not any(sparse):
@@ -100,13 +110,8 @@ class Rows:
         if not all(sparse):
             self.of = {task: row.to_dense() if row.is_sparse else row for task, row in rows.items()}
             return
-        rows = {task: row.coalesce() for task, row in rows.items()}
-        shape = next(iter(rows.values())).shape
-        indices = torch.cat([row.indices() for row in rows.values()], 1)
-        zeros = torch.cat([torch.zeros_like(row.values()) for row in rows.values()])
-        union = torch.sparse_coo_tensor(indices, zeros, shape, check_invariants=False).coalesce()
-        self._sparse = union.indices(), shape
-        self.of = {task: (union + row).coalesce().values() for task, row in rows.items()}  # all with the union's indices
+        self._sparse = Sparse({task: row.coalesce() for task, row in rows.items()}, self._dense)
+        self.of = self._sparse.shared
 
     def chunks(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """The aligned rows, as real matrices ``[k, n]`` over consecutive coordinates. A complex one counts as two."""
@@ -133,18 +138,84 @@ class Rows:
             else:
                 flat[start:end] = torch.mv(chunk.T, coefficients)
             start = end
-        return self._restored(result)
+        return result if self._sparse is None else self._sparse.restored(result, coefficients)
 
     def alone(self) -> Tensor:
         """The row of the only task, as it is, in a tensor of its own."""
         (row,) = self.of.values()
-        return self._restored(row.clone())
+        return row.clone() if self._sparse is None else self._sparse.restored(row, torch.ones(1, device=row.device))
 
-    def _restored(self, values: Tensor) -> Tensor:
-        if self._sparse is None:
-            return values
-        indices, shape = self._sparse
-        return torch.sparse_coo_tensor(indices, values, shape, is_coalesced=True, check_invariants=False)
+    def finite(self, task: int) -> Tensor:
+        """Whether the task's aligned row is finite, a boolean on its device."""
+        finite = self.of[task].isfinite().all()
+        return finite if self._sparse is None else finite & self._sparse.finite(task)
+
+    @property
+    def outside(self) -> Tensor | None:
+        """What the rows' indices that no other task used add to the squared norms, ``[k]``."""
+        return None if self._sparse is None else self._sparse.squares
+
+
+class Sparse:
+    """Sparse rows, taken apart: the indices that several tasks used, and those that one task alone did.
+
+    Args:
+        rows: task → coalesced sparse row.
+        dense: whether combined rows are to be dense.
+
+    Attributes:
+        shared: task → values at the shared indices, ``[s, ...]``.
+    """
+
+    def __init__(self, rows: dict[int, Tensor], dense: bool) -> None:
+        tasks = sorted(rows)
+        first = rows[tasks[0]]
+        self._shape, self._dense, self._tasks = first.shape, dense, tasks
+        indices = torch.cat([rows[task].indices() for task in tasks], 1)  # [d, n]
+        values = torch.cat([rows[task].values() for task in tasks])  # [n, ...]
+        counts = torch.tensor([rows[task].values().shape[0] for task in tasks])
+        owner = torch.arange(len(tasks)).repeat_interleave(counts).to(values.device)
+        unique, place, times = torch.unique(indices, dim=1, return_inverse=True, return_counts=True)
+        several = times > 1
+        many = several[place]
+        self._indices = unique[:, several]
+        self._own_indices, self._own_values, self._own = indices[:, ~many], values[~many], owner[~many]
+        count = self._indices.shape[1]
+        block = values.new_zeros((len(tasks), count, *values.shape[1:]))
+        position = several.cumsum(0) - 1
+        block[owner[many], position[place[many]]] = values[many]
+        self.shared = dict(zip(tasks, block, strict=True))
+
+    @property
+    def squares(self) -> Tensor:
+        """Squared norms of the values at indices of one task alone, by task, ``[k]``."""
+        wide = torch.float64 if _is_double(self._own_values) else torch.float32
+        squares = _real(self._own_values).to(wide).square().flatten(1).sum(1)
+        return squares.new_zeros(len(self._tasks)).index_add(0, self._own, squares)
+
+    def drop(self, task: int) -> None:
+        """Forgets a task."""
+        t = self._tasks.index(task)
+        others = self._own != t
+        self._own_indices, self._own_values = self._own_indices[:, others], self._own_values[others]
+        self._own = self._own[others] - (self._own[others] > t).long()
+        self._tasks.remove(task)
+
+    def restored(self, shared: Tensor, coefficients: Tensor) -> Tensor:
+        """The combined gradient, given what the shared indices come to and the tasks' coefficients ``[k]``."""
+        factors = coefficients.index_select(0, self._own).to(self._own_values.dtype)
+        own = self._own_values * factors.reshape(-1, *[1] * (self._own_values.dim() - 1))
+        if self._dense:
+            result = shared.new_zeros(self._shape)
+            result[tuple(self._indices)] = shared
+            result[tuple(self._own_indices)] = own
+            return result
+        indices = torch.cat([self._indices, self._own_indices], 1)
+        return torch.sparse_coo_tensor(indices, torch.cat([shared, own]), self._shape, check_invariants=False).coalesce()
+
+    def finite(self, task: int) -> Tensor:
+        """Whether the task's values at indices of its own are finite."""
+        return self._own_values[self._own == self._tasks.index(task)].isfinite().all()
 
 
 def gram(parameters: Sequence[Rows]) -> Tensor:
@@ -167,6 +238,7 @@ def gram(parameters: Sequence[Rows]) -> Tensor:
 
 def _gram(parameters: Sequence[Rows], dtype: torch.dtype, device: torch.device) -> Tensor:
     parts = [_inner_products(chunk).to(device) for rows in parameters for chunk in rows.chunks(dtype)]
+    parts += [torch.diag(rows.outside.to(device, dtype)) for rows in parameters if rows.outside is not None]
     if not parts:  # parameters without any element
         return torch.zeros([len(parameters[0].of)] * 2, dtype=dtype, device=device)
     result = torch.stack(parts)

@@ -66,7 +66,7 @@ class TaskGradients:
     def not_finite(self) -> list[tuple[int, str]]:
         """The rows that hold inf or nan, as task and name of the parameter. Waits for the device."""
         places = [(task, p) for p, rows in enumerate(self.rows) for task in rows.tasks]
-        finite = torch.stack([self.rows[p].of[task].isfinite().all().to(self.device) for task, p in places]).tolist()
+        finite = torch.stack([self.rows[p].finite(task).to(self.device) for task, p in places]).tolist()
         return [(task, self.names[p]) for (task, p), fine in zip(places, finite, strict=True) if not fine]
 
     def drop(self, task: int) -> None:

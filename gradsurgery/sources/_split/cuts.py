@@ -6,6 +6,7 @@ each of them, a block ``[k, *shape]``: one gradient for each of the ``k`` tasks 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -37,7 +38,7 @@ class Wanted:
 
 
 Blocks: TypeAlias = dict[int, tuple[list[int], Tensor | list[Tensor]]]
-"""For each input, the tasks, and a gradient for each of them: a block, or a list of sparse ones."""
+"""For each input, the tasks, and a gradient for each of them: a block; or, with rows that are mostly zero, sparse ones."""
 
 _CACHED = 1024
 _segments: dict[bytes, Segments] = {}
@@ -292,13 +293,11 @@ def _group_norm(p: Passage, gradients: Sequence[Tensor | None], wanted: Sequence
 
 
 def _embedding(p: Passage, gradients: Sequence[Tensor | None], wanted: Sequence[Wanted]) -> Blocks | None:
-    if p.saved("scale_grad_by_freq") or p.saved("sparse"):
-        return None
     (w,) = wanted
-    gradient, indices = _there(gradients[0]), p.saved("indices")
     labels = across(p.first, [p.first.ndim - 1])
-    if labels is None:
+    if p.saved("scale_grad_by_freq") or labels is None:
         return None
+    gradient, indices = _there(gradients[0]), p.saved("indices")
     tasks = present([labels])
     number, width = w.shape
     # One table for each task, below each other; and a last row for what is padding, and for nobody's.
@@ -310,8 +309,20 @@ def _embedding(p: Passage, gradients: Sequence[Tensor | None], wanted: Sequence[
     padding = signed(p.saved("padding_idx"))
     if padding >= 0:
         index = torch.where(indices == padding, last, index)
-    table = torch.ops.aten.embedding_dense_backward(gradient, index, last + 1, last, False)
-    return {w.edge: (tasks, table[:-1].view(len(tasks), number, width))}
+    # Where tables are mostly empty, it pays to find the rows in use; but elsewhere than on the CPU, that waits for the device.
+    if not p.saved("sparse") and (index.device.type != "cpu" or 2 * index.numel() > last):
+        table = torch.ops.aten.embedding_dense_backward(gradient, index, last + 1, last, False)
+        return {w.edge: (tasks, table[:-1].view(len(tasks), number, width))}
+    used, inverse = torch.unique(index, return_inverse=True)
+    values = torch.ops.aten.embedding_dense_backward(gradient, inverse, len(used), -1, False)
+    ends = torch.searchsorted(used, torch.arange(len(tasks) + 1, device=used.device) * number).tolist()
+    rows = [
+        torch.sparse_coo_tensor(
+            (used[start:end] - t * number)[None], values[start:end], w.shape, is_coalesced=True, check_invariants=False
+        )
+        for t, (start, end) in enumerate(itertools.pairwise(ends))
+    ]
+    return {w.edge: (tasks, rows)}
 
 
 def _there(gradient: Tensor | None) -> Tensor:

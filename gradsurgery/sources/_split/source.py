@@ -358,9 +358,9 @@ class Pass:
         else:
             blocks = {}
         for wanted in [*work.shared, *(wanted for wanted, _ in work.labelled)]:
-            self._deliver(wanted.target, *blocks.pop(wanted.edge, ([], None)))
+            self._deliver(passage.node, wanted.target, *blocks.pop(wanted.edge, ([], None)))
 
-    def _deliver(self, target: Key, tasks: Sequence[int], block: Tensor | list[Tensor] | None) -> None:
+    def _deliver(self, source: Node, target: Key, tasks: Sequence[int], block: Tensor | list[Tensor] | None) -> None:
         leaf = self._route.leaves.get(target)
         if leaf is None:
             if block is not None:
@@ -372,10 +372,11 @@ class Pass:
         if block is not None:
             p = leaf.parameter
             if isinstance(block, list):
+                keeps_sparse = getattr(source, "_saved_sparse", True)
                 for task, gradient in zip(tasks, block, strict=True):
                     for step in leaf.steps:
                         gradient = step(gradient.to_dense()[None])[0]
-                    self._rows[p].add(task, gradient)
+                    self._rows[p].add(task, gradient, dense=not keeps_sparse)
             else:
                 for step in leaf.steps:
                     block = step(block)
