@@ -28,6 +28,7 @@ class TaskGradients:
         parameters: the parameters.
         rows: their rows.
         groups: the partition into surgery groups.
+        group_of: for each parameter, the index of its group.
         device: where Gram matrices and states are.
         dtype: of Gram matrices and states.
     """
@@ -41,7 +42,7 @@ class TaskGradients:
         self.device = self.parameters[0].device
         self.dtype = torch.float32 if self.device.type == "mps" else torch.float64  # MPS has no float64
         index = {name: g for g, group in enumerate(self.groups) for name in self.groups[group]}
-        self._group_of = [index[name] for name in self.names]
+        self.group_of = [index[name] for name in self.names]
         self._plans: dict[tuple[Reach, tuple[str, ...]], Plan] = {}
 
     def expect(self, tasks: Sequence[int]) -> None:
@@ -49,18 +50,19 @@ class TaskGradients:
         for rows in self.rows:
             rows.expect(tasks)
 
-    def align(self) -> None:
-        """Brings the rows of each parameter into one form."""
-        for rows in self.rows:
-            rows.align()
+    def align(self, parameters: Sequence[int] | None = None) -> None:
+        """Brings the rows of each of the parameters (all, by default) into one form."""
+        for p in range(len(self.rows)) if parameters is None else parameters:
+            self.rows[p].align()
 
-    def plan(self, tasks: tuple[str, ...]) -> Plan:
-        """The cells of this step."""
-        key = tuple(rows.tasks for rows in self.rows), tasks
+    def plan(self, tasks: tuple[str, ...], parameters: Sequence[int] | None = None) -> Plan:
+        """The cells of this step, or of these parameters."""
+        chosen = range(len(self.rows)) if parameters is None else set(parameters)
+        key = tuple(rows.tasks if p in chosen else () for p, rows in enumerate(self.rows)), tasks
         if key not in self._plans:
             if len(self._plans) >= _MOST_PLANS:
                 self._plans.clear()
-            self._plans[key] = Plan(key[0], self._group_of, tuple(self.groups), tasks, self.device)
+            self._plans[key] = Plan(key[0], self.group_of, tuple(self.groups), tasks, self.device)
         return self._plans[key]
 
     def not_finite(self) -> list[tuple[int, str]]:

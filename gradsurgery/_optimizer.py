@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ._buffer import Rows
+from ._combination import Combination
 from ._gradients import TaskGradients
 from ._groups import Groups, GroupSpec, unwrap
 from ._losses import Losses, read_losses, task_names
 from ._mixed import MixedBatch, TaskIds
 from ._rule import Rule, State, implements
-from ._state import carried, check_match, guarded, loaded
+from ._state import carried, check_match, loaded
 from ._step import Step
 from .sources import Root
 from .sources._named import source_named
@@ -376,33 +377,20 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         if not self.due:
             return
         assert self._tasks is not None
-        gradients = self._gradients
-        gradients.align()
         if self.nonfinite != "propagate":
+            self._gradients.align()
             self._check_finite(self._tasks)
-        plan = gradients.plan(self._tasks)
-        steps, before, state, finite = [], self._rule_state, self._rule_state, []
-        for level in plan.levels:
-            gram = level.gram(gradients.rows, gradients.dtype)
-            if self._scale is not None:
-                gram = gram / self._scale.to(gram) ** 2
-            mixing, state = self.rule.mix(
-                gram, state, active=None if level.full else level.active, generator=self._generator
-            )
-            finite.append(gram.isfinite().all())
-            steps.append((gram, mixing))
-            coefficients = (mixing * level.active[:, :, None]).sum(-2)
-            for p, combined in level.combine(gradients.rows, coefficients):
-                gradients.accumulate(p, combined)
-        for p in plan.alone:
-            combined = gradients.rows[p].alone()
-            if state is not before:
-                values = combined._values() if combined.is_sparse else combined
-                finite.append(values.isfinite().all().to(gradients.device))
-            gradients.accumulate(p, combined)
-        self._rule_state = guarded(finite, old=before, new=state)
+        combination = self._combination()
+        combination.add()
+        self._finish(combination)
+
+    def _combination(self) -> Combination:
+        assert self._tasks is not None
+        return Combination(self._gradients, self.rule, self._tasks, self._rule_state, self._generator, self._scale)
+
+    def _finish(self, combination: Combination) -> None:
         losses, present = (torch.stack(values) for values in zip(*self._passes, strict=True))
-        self.last = plan.record(steps, losses.sum(0).masked_fill(~present.any(0), torch.nan))
+        self.last, self._rule_state = combination.finish(losses.sum(0).masked_fill(~present.any(0), torch.nan))
         self._forget()
         if implements(self.rule, "observe"):
             self._rule_state = self.rule.observe(self.last, self._rule_state)

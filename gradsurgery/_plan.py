@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from ._buffer import Rows, gram
-from ._step import Step
 
 Reach = tuple[tuple[int, ...], ...]
 """For each parameter, the tasks that reached it."""
@@ -106,22 +105,3 @@ class Plan:
                     levels.append([])
                 levels[depth].append(Cell(group, name, reached, tuple(parameters)))
         self.levels = [Level(cells, len(groups), len(tasks), device) for cells in levels]
-        self._tasks = tuple(tasks)
-        self._device = device
-
-    def record(self, operated: Sequence[tuple[Tensor, Tensor]], losses: Tensor) -> Step:
-        """The record of a step, given each level's Gram and mixing matrices."""
-        empty = torch.zeros(0, len(self._tasks), len(self._tasks), dtype=losses.dtype, device=self._device)
-        grams, mixings, actives = [empty], [empty], [empty[:, 0].bool()]
-        for level, (gram_, mixing) in zip(self.levels, operated, strict=True):
-            grams.append(gram_.index_select(0, level.groups))
-            mixings.append(mixing.index_select(0, level.groups))
-            actives.append(level.active.index_select(0, level.groups))
-        return Step(
-            tasks=self._tasks,
-            groups=tuple(cell.name for level in self.levels for cell in level.cells),
-            active=torch.cat(actives),
-            gram=torch.cat(grams),
-            mixing=torch.cat(mixings),
-            losses=losses,
-        )

@@ -1,0 +1,112 @@
+"""One combination of per-task gradients: Gram matrices, the rule, and the combined gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._gradients import TaskGradients
+from ._plan import Level
+from ._rule import Rule, State
+from ._state import guarded
+from ._step import Step
+
+
+class Combination:
+    """Lets a rule operate on rows, adds the results to ``p.grad``, and frees the rows: all at once, or bit by bit.
+
+    Bit by bit gives the same: a rule treats each surgery group by itself, and for each bit it sees the Gram matrices of all
+    groups, with the others inactive, and the same random numbers.
+
+    Args:
+        gradients: the rows.
+        rule: what operates on them.
+        tasks: names of the tasks.
+        state: the rule's.
+        generator: that the rule draws from.
+        scale: of the losses, or None: rules see gradients without it.
+    """
+
+    def __init__(
+        self,
+        gradients: TaskGradients,
+        rule: Rule,
+        tasks: tuple[str, ...],
+        state: State,
+        generator: torch.Generator,
+        scale: Tensor | None,
+    ) -> None:
+        self._gradients = gradients
+        self._rule = rule
+        self._tasks = tasks
+        self._before = self._state = state
+        self._generator = generator
+        self._scale = scale
+        self._random: list[Tensor] = []  # the generator's state ahead of each level, and after the last
+        self._finite: list[Tensor] = []
+        self._done: list[tuple[int, Level, Tensor, Tensor]] = []  # depth, level, Gram and mixing matrices
+
+    @torch.no_grad()
+    def add(self, parameters: Sequence[int] | None = None) -> None:
+        """Combines the rows of these parameters, which make up whole surgery groups; of all, by default."""
+        gradients = self._gradients
+        gradients.align(parameters)
+        plan = gradients.plan(self._tasks, parameters)
+        for depth, level in enumerate(plan.levels):
+            gram = level.gram(gradients.rows, gradients.dtype)
+            if self._scale is not None:
+                gram = gram / self._scale.to(gram) ** 2
+            mixing = self._mix(depth, gram, None if level.full else level.active)
+            self._finite.append(gram.isfinite().all())
+            self._done.append((depth, level, gram, mixing))
+            coefficients = (mixing * level.active[:, :, None]).sum(-2)
+            for p, combined in level.combine(gradients.rows, coefficients):
+                gradients.accumulate(p, combined)
+        for p in plan.alone:
+            combined = gradients.rows[p].alone()
+            if self._before:
+                values = combined._values() if combined.is_sparse else combined
+                self._finite.append(values.isfinite().all().to(gradients.device))
+            gradients.accumulate(p, combined)
+            gradients.rows[p].clear()
+
+    def _mix(self, depth: int, gram: Tensor, active: Tensor | None) -> Tensor:
+        if depth < len(self._random):
+            self._generator.set_state(self._random[depth])
+        else:
+            self._random.append(self._generator.get_state())
+        mixing, self._state = self._rule.mix(gram, self._state, active=active, generator=self._generator)
+        after = self._generator.get_state()
+        if depth + 1 == len(self._random):
+            self._random.append(after)
+        return mixing
+
+    @torch.no_grad()
+    def finish(self, losses: Tensor) -> tuple[Step, State]:
+        """The record of what was seen and done, given the tasks' losses ``[K]``; and the rule's new state."""
+        if self._random:
+            self._generator.set_state(self._random[-1])
+        cells = [(depth, cell.group, cell.name) for depth, level, _, _ in self._done for cell in level.cells]
+        order = sorted(range(len(cells)), key=lambda i: cells[i][:2])
+        count = len(self._tasks)
+        empty = torch.zeros(0, count, count, dtype=losses.dtype, device=losses.device)
+        grams, mixings, actives = [empty], [empty], [empty[:, 0].bool()]
+        for _, level, gram, mixing in self._done:
+            grams.append(gram.index_select(0, level.groups))
+            mixings.append(mixing.index_select(0, level.groups))
+            actives.append(level.active.index_select(0, level.groups))
+        gram, mixing, active = torch.cat(grams), torch.cat(mixings), torch.cat(actives)
+        if order != list(range(len(cells))):
+            index = torch.tensor(order, device=losses.device)
+            gram, mixing, active = (tensor.index_select(0, index) for tensor in (gram, mixing, active))
+        step = Step(
+            tasks=self._tasks,
+            groups=tuple(cells[i][2] for i in order),
+            active=active,
+            gram=gram,
+            mixing=mixing,
+            losses=losses,
+        )
+        return step, guarded(self._finite, old=self._before, new=self._state)
