@@ -17,15 +17,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._arena import Arena
+
 _CPU_CHUNK = 1 << 17  # coordinates of each row that are gathered at a time: few enough for the cache,
 _CHUNK = 1 << 22  # and on other devices, many enough to hide the launches
 _PIECE = 1 << 14  # coordinates of each row that are multiplied at a time, on the CPU
 
 
 class Rows:
-    """The per-task gradients of one parameter."""
+    """The per-task gradients of one parameter.
 
-    def __init__(self) -> None:
+    Args:
+        arena: takes back the blocks that it gave.
+    """
+
+    def __init__(self, arena: Arena | None = None) -> None:
+        self._arena = Arena() if arena is None else arena
         self.of: dict[int, Tensor] = {}
         """Task → gradient. Of the parameter's shape, until :meth:`align` may reduce it to the indices in use."""
         self._ever: set[int] = set()  # the tasks of all steps before
@@ -81,11 +88,15 @@ class Rows:
             inside = self._owned and self._block is not None and self._inside == set(tasks) and self._layout == tuple(tasks)
             if inside and self._block is not None:
                 self._block.add_(block)
-                return
-            for task, gradient in zip(tasks, block, strict=True):
-                self.add(task, gradient)
+            else:
+                for task, gradient in zip(tasks, block.clone() if owned else block, strict=True):
+                    self.add(task, gradient)
+            self._arena.give(block)
         else:
-            self._layout, self._block, self._inside, self._owned = tuple(tasks), block.contiguous(), set(tasks), owned
+            whole = block.contiguous()
+            if whole is not block:
+                self._arena.give(block)
+            self._layout, self._block, self._inside, self._owned = tuple(tasks), whole, set(tasks), owned
             self.of = dict(zip(tasks, self._block, strict=True))
 
     def drop(self, task: int) -> None:
@@ -98,6 +109,8 @@ class Rows:
         """Frees the rows, and remembers which tasks they belonged to."""
         self._layout = self.tasks or self._layout
         self._ever.update(self.of)
+        if self._block is not None:
+            self._arena.give(self._block)
         self.of, self._block, self._inside, self._owned = {}, None, set(), False
         self._dense, self._sparse = False, None
 

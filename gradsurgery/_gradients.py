@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ._arena import Arena
 from ._buffer import Rows
 from ._groups import Groups, GroupSpec, partition, some
 from ._plan import Plan, Reach
@@ -27,6 +28,7 @@ class TaskGradients:
         names: names of the parameters, in the optimizer's order.
         parameters: the parameters.
         rows: their rows.
+        arena: memory for them, for those who want it.
         groups: the partition into surgery groups.
         group_of: for each parameter, the index of its group.
         device: where Gram matrices and states are.
@@ -37,7 +39,8 @@ class TaskGradients:
         named = parameter_names(optimizer, model)
         self.names = list(named)
         self.parameters = list(named.values())
-        self.rows = [Rows() for _ in named]
+        self.arena = Arena()
+        self.rows = [Rows(self.arena) for _ in named]
         self.groups: Groups = partition(spec, named, model)
         self.device = self.parameters[0].device
         self.dtype = torch.float32 if self.device.type == "mps" else torch.float64  # MPS has no float64
@@ -90,6 +93,7 @@ class TaskGradients:
         """Frees all rows."""
         for rows in self.rows:
             rows.clear()
+        self.arena.reset()
 
 
 def parameter_names(optimizer: torch.optim.Optimizer, model: nn.Module | None) -> dict[str, nn.Parameter]:

@@ -19,6 +19,7 @@ from ._mixed import MixedBatch, TaskIds
 from ._rule import Rule, State, implements
 from ._state import carried, check_match, loaded
 from ._step import Step
+from ._stream import Stream, Streaming
 from .sources import Root
 from .sources._named import source_named
 from .sources._split import Pass
@@ -75,6 +76,9 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             every gradient and wait for the device.
         seed: of the generator that random rules draw from.
         verify: compare the gradients of the first single pass (see :meth:`split`) with a plain backward pass.
+        stream: whether surgery on a group happens inside the backward pass of a mixed batch, as soon as the group's
+            gradients are complete, so that no more than a few groups' rows are in memory at a time. None: where it can;
+            see :attr:`streaming`. The first step, which shows how many backward passes a step has, never streams.
 
     Attributes:
         optimizer: the optimizer inside.
@@ -122,6 +126,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         nonfinite: str = "propagate",
         seed: int = 0,
         verify: bool = True,
+        stream: bool | None = None,
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"`optimizer` must be a torch.optim.Optimizer. Found {type(optimizer).__name__}.")
@@ -150,9 +155,14 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         self._generator = torch.Generator(self._gradients.device).manual_seed(seed)
         self._indices: dict[tuple[int, ...], Tensor] = {}
         self._verify = verify
+        self._stream = stream
+        self._usual_passes = 0  # most backward passes that a step had
+        self._streamed = False  # whether this step's surgery is done already
         self._forget()
         if tasks is not None:
             self._set_tasks(map(str, range(tasks)) if isinstance(tasks, int) else tasks)
+        if stream and (why := self._why_not_streaming()):
+            raise ValueError(f"`stream` is True, but surgery cannot be streamed: {why}.")
         super().__setstate__({})  # what an Optimizer needs beside its parameters: hooks, and the patched step
 
     # --- What makes it an Optimizer: everything but the gradients is the inner one's. ---------------------------------
@@ -194,6 +204,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Resets ``p.grad``, and forgets gradients that have not been combined."""
         self.optimizer.zero_grad(set_to_none)
+        self._streamed = False
         self._forget()
 
     @overload
@@ -291,6 +302,12 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             In a 1-D tensor, each task reaches whatever the tensor depends on, except directly behind ``torch.stack`` or
             ``torch.cat`` where the tasks are still apart. With heads of their own, pass a mapping.
         """
+        if self._streamed:
+            raise RuntimeError(
+                f"backward() once more in a step that had {self._usual_passes} of them at most so far: this step's surgery "
+                "has been streamed, and cannot take in more gradients. Make the optimizer with stream=False, or call step() "
+                "first."
+            )
         before = self._tasks, self._rule_state
         try:
             if self._split is not None:
@@ -329,9 +346,14 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         factors, parameters, rows = self._begin(batch.values(losses, self._per_task), batch.present, scaler)
         names = [n for n, p in zip(self._gradients.names, self._gradients.parameters, strict=True) if p.requires_grad]
         seeds = batch.seeds(losses, factors)
+        stream = bool(self.streaming) and not verify and self._usual_passes == len(self._passes) > 0
         with _partial():
-            single = Pass(losses, batch.labels(losses), parameters, rows, names)
-            single.run(seeds, retain_graph=retain_graph or verify)
+            new = self._gradients.arena.take if stream else None
+            single = Pass(losses, batch.labels(losses), parameters, rows, names, new)
+            if stream:
+                self._run_streaming(single, seeds, retain_graph)
+            else:
+                single.run(seeds, retain_graph=retain_graph or verify)
             if verify:
                 weights = 0.5 + torch.rand(len(factors), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
                 weights = weights.to(factors)
@@ -344,6 +366,15 @@ class SurgeryOptimizer(torch.optim.Optimizer):
                 )
                 single.verify(weights, plain)
                 self._verify = False
+
+    def _run_streaming(self, single: Pass, seeds: Tensor, retain_graph: bool) -> None:
+        trained = [p for p, parameter in enumerate(self._gradients.parameters) if parameter.requires_grad]
+        combination = self._combination()
+        stream = Stream(self._gradients, combination, [trained[i] for i in single.reached])
+        single.run(seeds, retain_graph=retain_graph, complete=lambda i: stream.complete(trained[i]))
+        stream.finish()
+        self._finish(combination)
+        self._streamed = True
 
     def _begin(
         self, values: Tensor, tasks: Iterable[int], scaler: torch.amp.GradScaler | None
@@ -374,6 +405,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         Raises:
             FloatingPointError: with ``nonfinite="raise"``, for a gradient that is inf or nan.
         """
+        self._streamed = False
         if not self.due:
             return
         assert self._tasks is not None
@@ -389,6 +421,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         return Combination(self._gradients, self.rule, self._tasks, self._rule_state, self._generator, self._scale)
 
     def _finish(self, combination: Combination) -> None:
+        self._usual_passes = max(self._usual_passes, len(self._passes))
         losses, present = (torch.stack(values) for values in zip(*self._passes, strict=True))
         self.last, self._rule_state = combination.finish(losses.sum(0).masked_fill(~present.any(0), torch.nan))
         self._forget()
@@ -406,6 +439,21 @@ class SurgeryOptimizer(torch.optim.Optimizer):
     def due(self) -> bool:
         """Whether there are gradients that have not been combined."""
         return bool(self._passes)
+
+    @property
+    def streaming(self) -> Streaming:
+        """Whether surgery happens inside the backward pass of mixed batches (from the second step on), and if not, why."""
+        why = "stream=False" if self._stream is False else self._why_not_streaming()
+        return Streaming(not why, why)
+
+    def _why_not_streaming(self) -> str:
+        if len(self._gradients.groups) == 1:
+            return "there is one surgery group, which is complete at the end of the backward pass"
+        if not self.rule.separable:
+            return f"{self.rule} needs all surgery groups at a time"
+        if self.nonfinite != "propagate":
+            return f"nonfinite={self.nonfinite!r} looks at all gradients of a task before any are combined"
+        return ""
 
     @property
     def tasks(self) -> tuple[str, ...] | None:
@@ -482,6 +530,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             f"rule: {self.rule}",
             f"tasks: {tasks}",
             f"source: {self._source}",
+            f"streaming: {'yes' if self.streaming else f'no, {self.streaming.why}'}",
             *f"groups:\n{self.groups!r}".replace("\n", "\n  ").split("\n"),
             *f"optimizer: {self.optimizer!r}".split("\n"),
         ]

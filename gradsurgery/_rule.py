@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -45,8 +45,12 @@ class Rule:
       task, and the state of its pairs stays bit for bit as it was;
     * **pure**: neither the arguments nor the rule are modified;
     * **finite**: a finite positive semi-definite Gram matrix, whatever its rank and scale, gives finite mixing matrices;
-    * **device**: no value is read back to the host (on the CPU, where that costs nothing, it may be).
+    * **device**: no value is read back to the host (on the CPU, where that costs nothing, it may be);
+    * **separable**: ``mix`` with some groups active and then, from the same random numbers, with the others, equals ``mix``
+      with all. Surgery inside the backward pass needs it; a rule that is not so, sets ``separable`` to False.
     """
+
+    separable: ClassVar[bool] = True
 
     def init(
         self,

@@ -48,6 +48,10 @@ class Chain(Rule):
     def __repr__(self) -> str:
         return f"Chain({', '.join(map(repr, self.rules))})"
 
+    @property
+    def separable(self) -> bool:  # type: ignore[override]
+        return all(rule.separable for rule in self.rules)
+
     def init(
         self,
         tasks: Sequence[str],

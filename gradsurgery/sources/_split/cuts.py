@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -19,8 +19,14 @@ from torch.autograd.graph import Node
 from .flow import ELEMENTWISE, Passage, call, masked, present, signed
 from .labels import Labels, Segments, Shape, across, full, others
 
+New: TypeAlias = Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor]
 
-@dataclass(frozen=True, eq=False)
+
+def _fresh(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+@dataclass(eq=False)
 class Wanted:
     """An input of a node whose per-task gradients are wanted.
 
@@ -29,12 +35,14 @@ class Wanted:
         shape: of the input.
         target: the output of a node that is this input.
         real: whether the input is real.
+        new: where memory for a block comes from.
     """
 
     edge: int
     shape: Shape
     target: tuple[Node, int]
     real: bool = True
+    new: New = field(default=_fresh)
 
 
 Blocks: TypeAlias = dict[int, tuple[list[int], Tensor | list[Tensor]]]
@@ -122,16 +130,17 @@ def _row_sums(rows: Tensor, found: Segments) -> Tensor:
     return torch.stack([rows[start:end].sum(0) for start, end in found.bounds])
 
 
-def products(left: Tensor, right: Tensor, found: Segments) -> Tensor:
+def products(left: Tensor, right: Tensor, found: Segments, new: New = _fresh) -> Tensor:
     """``[b, n, i]`` and ``[b, n, j]`` → ``[k, b, i, j]``: products over each task's part of the ``n`` rows."""
     left, right = found.sort(left, 1), found.sort(right, 1)
     b, _, i = left.shape
     j = right.shape[2]
     k = len(found.tasks)
+    block = new((k, b, i, j), left.dtype, left.device)
     if b == 1 and found.even:
         size = found.sizes[0]
-        return torch.bmm(left.reshape(k, size, i).mT, right.reshape(k, size, j)).view(k, 1, i, j)
-    block = left.new_empty((k, b, i, j))
+        torch.bmm(left.reshape(k, size, i).mT, right.reshape(k, size, j), out=block[:, 0])
+        return block
     for t, (start, end) in enumerate(found.bounds):
         torch.bmm(left[:, start:end].mT, right[:, start:end], out=block[t])
     return block
@@ -217,7 +226,7 @@ def _product(p: Passage, gradients: Sequence[Tensor | None], wanted: Sequence[Wa
             left, right = gradient.mT, other.mT
         if flip:
             left, right = right, left
-        block = products(left if left.ndim == 3 else left[None], right if right.ndim == 3 else right[None], found)
+        block = products(left if left.ndim == 3 else left[None], right if right.ndim == 3 else right[None], found, w.new)
         block = block.mT if flip else block
         if scale != 1:
             block = block * scale
@@ -264,7 +273,7 @@ def _convolution(p: Passage, gradients: Sequence[Tensor | None], wanted: Sequenc
         if w.edge == 2:
             result[2] = summed(gradient.movedim(1, -1), np.moveaxis(p.first, 1, -1), w.shape)
             continue
-        block = weight.new_empty((len(found.tasks), *w.shape))
+        block = w.new((len(found.tasks), *w.shape), weight.dtype, weight.device)
         for t, (start, end) in enumerate(found.bounds):
             block[t] = torch.ops.aten.convolution_backward(
                 *(g[start:end], x[start:end], weight, None),
@@ -309,7 +318,7 @@ def _embedding(p: Passage, gradients: Sequence[Tensor | None], wanted: Sequence[
     padding = signed(p.saved("padding_idx"))
     if padding >= 0:
         index = torch.where(indices == padding, last, index)
-    # Where tables are mostly empty, it pays to find the rows in use; but elsewhere than on the CPU, that waits for the device.
+    # Where tables are mostly empty, it pays to find the rows in use; but except on the CPU, that waits for the device.
     if not p.saved("sparse") and (index.device.type != "cpu" or 2 * index.numel() > last):
         table = torch.ops.aten.embedding_dense_backward(gradient, index, last + 1, last, False)
         return {w.edge: (tasks, table[:-1].view(len(tasks), number, width))}

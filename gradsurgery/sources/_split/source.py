@@ -15,7 +15,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from ..._buffer import Rows
 from ..._groups import some
 from .._graph import reached_by, topological
-from .cuts import CUTS, Wanted, cut, general, split_labelled
+from .cuts import CUTS, New, Wanted, cut, general, split_labelled
 from .flow import Interaction, Passage, call, flows, signed
 from .labels import SHARED, Flow, Labels, Shared, merge
 from .saved import keep_readable
@@ -243,7 +243,7 @@ class Pass:
         parameters: whose gradients are wanted.
         rows: where they go.
         names: of the parameters, for messages.
-        complete: called with the index of each parameter once all of its gradients are there.
+        new: where memory for blocks comes from. It is free once rows are.
 
     Raises:
         ValueError: if losses of several tasks depend on each other's samples, or on none of the parameters.
@@ -256,12 +256,12 @@ class Pass:
         parameters: Sequence[Tensor],
         rows: Sequence[Rows],
         names: Sequence[str],
-        complete: Callable[[int], None] | None = None,
+        new: New | None = None,
     ) -> None:
         self._losses = losses
         self._parameters = parameters
         self._rows = rows
-        self._complete = complete
+        self._complete: Callable[[int], None] | None = None
         self._route = route = Route(losses, labels, parameters, names)
         if not route.works:
             raise ValueError(
@@ -276,6 +276,12 @@ class Pass:
                 leaf = route.leaves.get(wanted.target)
                 if leaf is not None:
                     self._awaited[leaf.parameter] += 1
+                    wanted.new = wanted.new if new is None else new
+
+    @property
+    def reached(self) -> list[int]:
+        """The parameters that gradients will arrive at."""
+        return [p for p, count in enumerate(self._awaited) if count]
 
     def verify(self, weights: Tensor, plain: Sequence[Tensor | None]) -> None:
         """Compares the rows with a plain backward pass over losses that are weighted by task, which no task's share of a
@@ -299,13 +305,15 @@ class Pass:
                 "backward() as a mapping, without split()."
             )
 
-    def run(self, seeds: Tensor, *, retain_graph: bool) -> None:
+    def run(self, seeds: Tensor, *, retain_graph: bool, complete: Callable[[int], None] | None = None) -> None:
         """Adds each task's gradients to the rows.
 
         Args:
             seeds: what flows into each loss, of their shape.
             retain_graph: keep the graph.
+            complete: called with the index of each parameter once all of its gradients are there.
         """
+        self._complete = complete
         ends = self._route.ends()
         captured: list[tuple[Work, list[int]]] = []
         handles = []
