@@ -10,7 +10,7 @@ Wrap the optimizer you have, give it the loss of each task, and a rule operates 
 >>> opt.step(); opt.zero_grad()
 """
 
-from . import plots, sources
+from . import plots, sources, testing
 from ._operate import operate
 from ._optimizer import SurgeryOptimizer
 from ._recorder import Recorder
@@ -35,4 +35,5 @@ __all__ = [
     "operate",
     "plots",
     "sources",
+    "testing",
 ]

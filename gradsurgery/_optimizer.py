@@ -305,8 +305,8 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         if self._streamed:
             raise RuntimeError(
                 f"backward() once more in a step that had {self._usual_passes} of them at most so far: this step's surgery "
-                "has been streamed, and cannot take in more gradients. Make the optimizer with stream=False, or call step() "
-                "first."
+                "has been streamed, and cannot take in more gradients. Make the optimizer with stream=False, or call "
+                "step() first."
             )
         before = self._tasks, self._rule_state
         try:

@@ -19,7 +19,7 @@ CLASSES = {value for module, name in NAMES if inspect.isclass(value := getattr(m
 
 
 def test_public_modules():
-    assert set(MODULES) == {f"gradsurgery{name}" for name in ("", ".plots", ".rules", ".sources")}
+    assert set(MODULES) == {f"gradsurgery{name}" for name in ("", ".plots", ".rules", ".sources", ".testing")}
     assert all(module.__doc__ for module in MODULES.values())
 
 

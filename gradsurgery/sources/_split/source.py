@@ -283,6 +283,11 @@ class Pass:
         """The parameters that gradients will arrive at."""
         return [p for p, count in enumerate(self._awaited) if count]
 
+    @property
+    def precision(self) -> float:
+        """The machine precision of the coarsest gradients on the way."""
+        return precision(self._route.order)
+
     def verify(self, weights: Tensor, plain: Sequence[Tensor | None]) -> None:
         """Compares the rows with a plain backward pass over losses that are weighted by task, which no task's share of a
         gradient can be mistaken in. Waits for the device.
@@ -294,7 +299,7 @@ class Pass:
         Raises:
             RuntimeError: naming the parameters that differ.
         """
-        tolerance = 3 * precision(self._route.order) ** 0.5
+        tolerance = 3 * self.precision**0.5
         found = differences(self._rows, weights, plain).tolist()
         if bad := [p for p, difference in enumerate(found) if not difference <= tolerance and difference == difference]:
             worst = max(bad, key=found.__getitem__)
