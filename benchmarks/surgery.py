@@ -47,9 +47,9 @@ class Surgery:
     def fill(self, fresh: bool) -> None:
         """What a source does, for nothing: each parameter's rows, in one block."""
         self._optimizer.zero_grad(set_to_none=fresh)
-        for rows, block in zip(self._optimizer._gradients.rows, self._blocks, strict=True):
+        for rows, block in zip(self._optimizer._surgery.gradients.rows, self._blocks, strict=True):
             rows.add_block(self._tasks, block)
-        self._optimizer._passes.append(self._present)
+        self._optimizer._surgery.passes.append(self._present)
 
     def operate(self) -> None:
         """What is timed."""

@@ -83,6 +83,11 @@ class Combination:
             self._random.append(after)
         return mixing
 
+    @property
+    def shared(self) -> list[int]:
+        """The parameters that were operated on."""
+        return [p for _, level, _, _ in self._done for cell in level.cells for p in cell.parameters]
+
     @torch.no_grad()
     def finish(self, losses: Tensor) -> tuple[Step, State]:
         """The record of what was seen and done, given the tasks' losses ``[K]``; and the rule's new state."""

@@ -179,7 +179,7 @@ def test_other_precisions(dtype, source):
     for number in range(2):  # in the second step, rows have their place
         x = batch(number).to(dtype)
         opt.backward(model.losses(x))
-        rows = [opt._gradients.rows[p].of for p in range(4)]
+        rows = [opt._surgery.gradients.rows[p].of for p in range(4)]
         vectors = [torch.cat([row[k].double().flatten() for row in rows]) for k in range(2)]  # as the source left them
         opt.combine()
         found = torch.cat([p.grad.double().flatten() for p in model.parameters()])
@@ -260,7 +260,7 @@ def test_a_lower_precision_of_matrix_products_does_not_reach_the_gram_matrix():
     ).double()
     opt = wrap(model, gs.PCGrad())
     opt.backward(losses, retain_graph=True)  # the losses' own products are in full precision
-    opt._gradients.align()
+    opt._surgery.gradients.align()
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
@@ -280,7 +280,7 @@ def test_rows_that_are_gathered_piece_by_piece(dtype, monkeypatch):
     opt = wrap(model, gs.MGDA())
     for number in range(2):
         opt.backward(model.losses(batch(number).to(dtype)))
-        gradients = opt._gradients
+        gradients = opt._surgery.gradients
         rows = {
             task: {n: r.of.get(k) for n, r in zip(gradients.names, gradients.rows, strict=True)}
             for k, task in enumerate(opt.tasks)
@@ -394,7 +394,7 @@ def test_rows_are_freed(source):
     opt = wrap(model, gs.PCGrad(), source=source)
     for _ in range(2):
         opt.backward(model.losses(batch()))
-        held = [weakref.ref(row) for rows in opt._gradients.rows for row in rows.of.values()]
+        held = [weakref.ref(row) for rows in opt._surgery.gradients.rows for row in rows.of.values()]
         assert all(reference() is not None for reference in held)
         opt.combine()
         gc.collect()

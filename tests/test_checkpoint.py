@@ -57,7 +57,7 @@ def test_what_is_in_it():
     train(model, opt, 1)
     state = opt.state_dict()
     assert set(state) == {"state", "param_groups", "surgery"}
-    assert set(state["surgery"]) == {"rule", "tasks", "groups", "state", "generator", "skipped"}
+    assert set(state["surgery"]) == {"rule", "tasks", "groups", "state", "generator", "skipped", "reuse"}
     assert state["surgery"]["tasks"] == ["a", "b", "c"]
     assert state["surgery"]["groups"] == {group: list(names) for group, names in opt.groups.items()}
     inner = opt.optimizer.state_dict()

@@ -124,7 +124,7 @@ def test_the_order_of_a_mapping_makes_no_difference(source):
         for _ in range(2):
             losses = model.losses(x)
             opt.backward({task: losses[task] for task in order})
-            opt._generator.manual_seed(0)
+            opt._surgery.generator.manual_seed(0)
             opt.combine()
             results.append((opt.last, {name: p.grad.clone() for name, p in model.named_parameters()}))
             opt.zero_grad()

@@ -567,6 +567,7 @@ def test_repr():
         "  rule: PCGrad()",
         "  tasks: not known yet",
         "  source: Autograd()",
+        "  streaming: no, there is one surgery group, which is complete at the end of the backward pass",
         "  groups:",
         "    group  tensors  parameters",
         "    model        2           8  weight, bias",

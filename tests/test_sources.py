@@ -18,7 +18,7 @@ def batch(step=0, rows=8):
 
 def rows_of(opt):
     """Name → task → gradient, as the source has left it in the buffer."""
-    gradients = opt._gradients
+    gradients = opt._surgery.gradients
     return {
         name: {task: rows.of[task].clone() for task in rows.tasks}
         for name, rows in zip(gradients.names, gradients.rows, strict=True)
@@ -296,7 +296,7 @@ def test_an_error_in_a_backward_pass_leaves_nothing_behind(source):
     with pytest.raises(Exception):  # noqa: B017, PT011
         opt.backward(losses)
     assert not opt.due
-    assert all(not rows.of for rows in opt._gradients.rows)
+    assert all(not rows.of for rows in opt._surgery.gradients.rows)
     opt.backward(model.losses(batch()))
     other.backward(twin.losses(batch()))
     opt.combine()

@@ -31,7 +31,7 @@ def test_a_parameter_of_one_task_alone_gets_its_gradient_bit_for_bit(rule, sourc
     for number in range(2):
         gradients = task_gradients(model.losses(batch(number)), dict(model.named_parameters()))
         opt.backward(model.losses(batch(number)))
-        rows = dict(zip(opt._gradients.names, opt._gradients.rows, strict=True))
+        rows = dict(zip(opt._surgery.gradients.names, opt._surgery.gradients.rows, strict=True))
         left = {name: next(iter(rows[name].of.values())).clone() for name in alone}
         opt.combine()
         for name, task in alone.items():

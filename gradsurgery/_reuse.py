@@ -1,0 +1,93 @@
+"""Steps without surgery: the last mixing, reused by one weighted backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._gradients import TaskGradients
+from ._step import Step
+
+_RIDGE = 1e-3
+
+
+class Reuse:
+    """Surgery at every ``n``-th step, and what it found for those in between.
+
+    Args:
+        every: ``n``.
+
+    Attributes:
+        steps: how many steps there have been.
+        weights: of the tasks' losses in between, ``[K]``; None before the first surgery.
+        shared: names of the parameters that they are for. The others belong to one task, and keep its gradient as it is.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self.steps = 0
+        self.weights: Tensor | None = None
+        self.shared: frozenset[str] = frozenset()
+
+    @property
+    def rests(self) -> bool:
+        """Whether the step that comes reuses the last mixing."""
+        return self.weights is not None and self.steps % self.every != 0
+
+    def learn(self, step: Step, gradients: TaskGradients, shared: Sequence[int]) -> None:
+        """Takes over the weights that a step with surgery found."""
+        if self.every > 1:
+            self.weights = nearest_weights(step)
+            self.shared = frozenset(gradients.names[p] for p in shared)
+
+    def gradients(
+        self,
+        outputs: Sequence[Any],
+        seeds: Sequence[Tensor],
+        weighted: Sequence[Tensor],
+        gradients: TaskGradients,
+        retain_graph: bool,
+    ) -> None:
+        """Adds to ``p.grad``: with the weighted seeds for shared parameters, with the others for those of one task."""
+        trained = [p for p, parameter in enumerate(gradients.parameters) if parameter.requires_grad]
+        shared = [p for p in trained if gradients.names[p] in self.shared]
+        own = [p for p in trained if gradients.names[p] not in self.shared]
+        for chosen, starts, keep in ((own, seeds, bool(shared) or retain_graph), (shared, weighted, retain_graph)):
+            if chosen:
+                parameters = [gradients.parameters[p] for p in chosen]
+                found = torch.autograd.grad(outputs, parameters, starts, retain_graph=keep, allow_unused=True)
+                for p, gradient in zip(chosen, found, strict=True):
+                    if gradient is not None:
+                        gradients.accumulate(p, gradient)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"steps": self.steps, "weights": self.weights, "shared": sorted(self.shared)}
+
+    def load_state_dict(self, state: dict[str, Any], gradients: TaskGradients) -> None:
+        """Continues from a checkpoint; afresh from one that has nothing of it."""
+        weights = state.get("weights")
+        self.steps = state.get("steps", 0)
+        self.weights = None if weights is None else weights.to(gradients.device, gradients.dtype)
+        self.shared = frozenset(state.get("shared", ()))
+
+
+def nearest_weights(step: Step) -> Tensor:
+    """The task weights ``[K]`` whose combined gradient is nearest to what surgery made of all groups together.
+
+    With one group these are the column sums of its mixing matrix, exactly. With several, whose column sums ``c_g`` differ,
+    ``w`` minimises ``sum_g || sum_k (w_k - c_gk) g_gk ||^2``, which the Gram matrices are enough for:
+    ``(sum_g G_g) w = sum_g G_g c_g``, slightly drawn to the mean of the ``c_g``. A task that was absent has weight one.
+    """
+    columns = torch.where(step.active, (step.mixing * step.active[:, :, None]).sum(-2), torch.zeros_like(step.losses))
+    there = step.active.any(0)
+    if len(columns) > 1:
+        mean = columns.sum(0) / step.active.sum(0).clamp_min(1)
+        gram = step.gram.sum(0)
+        ridge = _RIDGE * gram.diagonal().clamp_min(0) + torch.finfo(gram.dtype).tiny ** 0.5
+        right = (step.gram @ columns[..., None]).sum(0).squeeze(-1) + ridge * mean
+        columns = torch.linalg.solve_ex(gram + torch.diag(ridge), right[:, None]).result.mT
+    return torch.where(there, columns.sum(0), torch.ones_like(step.losses))
