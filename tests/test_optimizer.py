@@ -562,7 +562,7 @@ def test_repr():
     model = nn.Linear(3, 2)
     opt = wrap(model, gs.PCGrad())
     lines = repr(opt).splitlines()
-    assert lines[:7] == [
+    assert lines[:8] == [
         "SurgeryOptimizer(",
         "  rule: PCGrad()",
         "  tasks: not known yet",
@@ -572,7 +572,7 @@ def test_repr():
         "    group  tensors  parameters",
         "    model        2           8  weight, bias",
     ]
-    assert lines[7] == "  optimizer: SGD ("
+    assert lines[8] == "  optimizer: SGD ("
     opt.backward({"up": model(torch.ones(1, 3)).sum()})
     assert "  tasks: up" in repr(opt).splitlines()
 
