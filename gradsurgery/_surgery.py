@@ -37,6 +37,20 @@ def _partial() -> Iterator[None]:
         raise _Partial from error
 
 
+@contextmanager
+def _donated_buffers_explained() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "donated" not in str(error):
+            raise
+        raise RuntimeError(
+            "split() sends gradients through compiled parts of a model once per task, and torch.compile let their backward "
+            "pass give its buffers away. Set torch._functorch.config.donated_buffer = False before the model is first "
+            "called, or do not compile it."
+        ) from error
+
+
 class Surgery:
     """Per-task gradients of a step, and what becomes of them.
 
@@ -200,7 +214,7 @@ class Surgery:
                 self.reuse.gradients([losses], [seeds], [weighted], self.gradients, retain_graph)
             return
         stream = bool(self.streaming) and not verify and self._usual_passes == len(self.passes) > 0
-        with _partial():
+        with _partial(), _donated_buffers_explained():
             new = self.gradients.arena.take if stream else None
             single = Pass(losses, batch.labels(losses), parameters, rows, names, new)
             if stream:

@@ -531,7 +531,7 @@ def call(node: Node, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None,
         apply: Any = _Apart.apply
         with torch.enable_grad():
             start = torch.zeros((), requires_grad=True)
-            torch.autograd.backward(apply(start, lambda: box.append(function(*gradients))))
+            torch.autograd.backward(apply(start, lambda: box.append(function(*gradients))), retain_graph=True)
         (found,) = box
     return found if isinstance(found, tuple) else (found,)
 
