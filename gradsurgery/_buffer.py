@@ -42,6 +42,7 @@ class Rows:
         self._owned = False  # whether the block is ours to add to; what autograd returns may be shared
         self._dense = False  # whether the result is to be dense although the rows are sparse
         self._sparse: Sparse | None = None  # what aligned rows leave out
+        self._products: list[Tensor] | None = None  # inner products that were made when the rows were still warm
 
     @property
     def tasks(self) -> tuple[int, ...]:
@@ -59,6 +60,7 @@ class Rows:
         A sparse gradient makes the combined one sparse too, unless it is ``dense`` by rights.
         """
         self._dense = self._dense or dense
+        self._products = None
         old = self.of.get(task)
         if old is None:
             self.of[task] = self._placed(task, gradient)
@@ -84,6 +86,7 @@ class Rows:
 
         The block may be kept. It is not modified, unless it is ``owned``: nobody else's.
         """
+        self._products = None
         if self.of:
             inside = self._owned and self._block is not None and self._inside == set(tasks) and self._layout == tuple(tasks)
             if inside and self._block is not None:
@@ -101,6 +104,7 @@ class Rows:
 
     def drop(self, task: int) -> None:
         """Forgets a task's row, as if the task had not reached the parameter."""
+        self._products = None
         if self.of.pop(task, None) is not None and self._sparse is not None:
             self._sparse.drop(task)
         self._inside.discard(task)
@@ -112,7 +116,7 @@ class Rows:
         if self._block is not None:
             self._arena.give(self._block)
         self.of, self._block, self._inside, self._owned = {}, None, set(), False
-        self._dense, self._sparse = False, None
+        self._dense, self._sparse, self._products = False, None, None
 
     def align(self) -> None:
         """Brings rows of mixed layout into one form: sparse ones to the dense values of the indices that several use."""
@@ -136,6 +140,20 @@ class Rows:
         length = _CPU_CHUNK if rows[0].device.type == "cpu" else _CHUNK
         for start in range(0, rows[0].numel(), length):
             yield torch.stack([row[start : start + length] for row in rows]).to(dtype)
+
+    def warm(self) -> None:
+        """Multiplies rows that are complete, as :func:`gram` will want it, while they are in the cache."""
+        self.align()
+        first = next(iter(self.of.values()), None)
+        if first is not None and first.device.type == "cpu" and len(self.of) > 1:
+            dtype = torch.float32 if not _is_double(first) and _products_are_exact() else torch.float64
+            self._products = [_inner_products(chunk) for chunk in self.chunks(dtype)]
+
+    def products(self, dtype: torch.dtype) -> list[Tensor]:
+        """Inner products ``[k, k]`` of the aligned rows, by chunks of coordinates."""
+        if self._products and self._products[0].dtype == dtype:
+            return self._products
+        return [_inner_products(chunk) for chunk in self.chunks(dtype)]
 
     def combine(self, coefficients: Tensor) -> Tensor:
         """``sum_k c_k row_k``, of the parameter's shape, given the tasks' coefficients ``[k]`` in order."""
@@ -250,7 +268,7 @@ def gram(parameters: Sequence[Rows]) -> Tensor:
 
 
 def _gram(parameters: Sequence[Rows], dtype: torch.dtype, device: torch.device) -> Tensor:
-    parts = [_inner_products(chunk).to(device) for rows in parameters for chunk in rows.chunks(dtype)]
+    parts = [part.to(device) for rows in parameters for part in rows.products(dtype)]
     parts += [torch.diag(rows.outside.to(device, dtype)) for rows in parameters if rows.outside is not None]
     if not parts:  # parameters without any element
         return torch.zeros([len(parameters[0].of)] * 2, dtype=dtype, device=device)

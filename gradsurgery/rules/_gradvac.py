@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._rule import Rule, State
-from ._walk import Walk, random_order
+from ._walk import Walk, few_groups, random_order
 
 # What remains of a unit vector's squared length is rounding, below this. Gram matrices may be from products in float32.
 _ROUNDING = 16 * torch.finfo(torch.float32).eps
@@ -103,6 +103,15 @@ class GradVac(Rule):
     def mix(
         self, gram: Tensor, state: State, *, active: Tensor | None = None, generator: torch.Generator | None = None
     ) -> tuple[Tensor, State]:
+        order, few = random_order(gram, generator), few_groups(active)
+        if few is None or active is None:
+            return self._mix(gram, state, active, order)
+        part: State = {key: value[few] for key, value in state.items()}
+        some, part = self._mix(gram[few], part, active[few], order[few])
+        mixing, state = super().mix(gram, state)
+        return mixing.index_copy(0, few, some), {key: value.index_copy(0, few, part[key]) for key, value in state.items()}
+
+    def _mix(self, gram: Tensor, state: State, active: Tensor | None, order: Tensor) -> tuple[Tensor, State]:
         # Everything is measured in units of the original norms: at the start all g_i, and always all g_j, are unit vectors.
         # Seen from g_j, g'_i has a part along it, l = <g'_i, g_j>, and a part across of length h = sqrt(||g'_i||^2 - l^2),
         # which a correction leaves alone. The cosine is t where l = h t / sqrt(1 - t^2); so l is raised to that.
@@ -115,7 +124,7 @@ class GradVac(Rule):
         cosines = torch.where(both, gram / norm[:, :, None] / norm[:, None, :], 0.0)
         operated = both & state["operated"][:, :, None] if "operated" in state else both
 
-        walk = Walk(gram.shape, random_order(gram, generator))
+        walk = Walk(gram.shape, order)
         target = state["target"].to(gram.dtype) if self.target is None else torch.full_like(gram, self.target)
         # Of equal gradients, h is rounding. Not multiplied by more than this, it cannot ask for a length above their own.
         slope = (target / (1 - target**2).sqrt().clamp_min(1e-30)).clamp_max(_ROUNDING**-0.5)

@@ -24,6 +24,13 @@ def random_order(gram: Tensor, generator: torch.Generator | None) -> Tensor:
     return order[..., 1:]
 
 
+def few_groups(active: Tensor | None) -> Tensor | None:
+    """The groups in which tasks are active, ``[g]``, where that can be seen at no cost and leaves some out; else None."""
+    if active is None or active.device.type != "cpu" or bool((there := active.any(-1)).all()):
+        return None
+    return there.nonzero().squeeze(-1)
+
+
 class Walk:
     """All walks of one step, side by side: in meeting ``s``, task ``i`` of group ``g`` meets ``j = order[g, i, s]``.
 
