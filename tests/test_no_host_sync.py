@@ -72,3 +72,25 @@ def test_step_with_a_scaler(monkeypatch):
         with NoReads():
             opt.backward({"a": out.mean(), "b": -out.square().mean()}, scaler=scaler)
             opt.combine()
+
+
+@pytest.mark.parametrize("rule", [gs.PCGrad(), gs.GradVac()], ids=repr)
+@pytest.mark.parametrize("every", [1, 2])
+def test_mixed_batches(rule, every, monkeypatch):
+    monkeypatch.setattr(_buffer, "_products_are_exact", lambda: False)
+    model = nn.Sequential(nn.Conv1d(3, 4, 3), nn.Flatten(), nn.Linear(12, 4), nn.LayerNorm(4), nn.PReLU(), nn.Linear(4, 2))
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    opt = gs.SurgeryOptimizer(sgd, rule, model=model, groups="layer", tasks=3, every=every)
+
+    def step():
+        with opt.split(torch.tensor([2, 0, 1, 0, 2])):
+            losses = model(torch.randn(5, 3, 5)).square().mean(1)
+        opt.backward(losses)
+        opt.step()
+        opt.zero_grad()
+
+    step()  # the first is checked, which reads
+    step()
+    with NoReads():
+        for _ in range(3):
+            step()

@@ -26,9 +26,10 @@ def random_order(gram: Tensor, generator: torch.Generator | None) -> Tensor:
 
 def few_groups(active: Tensor | None) -> Tensor | None:
     """The groups in which tasks are active, ``[g]``, where that can be seen at no cost and leaves some out; else None."""
-    if active is None or active.device.type != "cpu" or bool((there := active.any(-1)).all()):
+    if active is None or active.device.type != "cpu":
         return None
-    return there.nonzero().squeeze(-1)
+    there = active.numpy().any(-1)
+    return None if there.all() else torch.from_numpy(there.nonzero()[0])
 
 
 class Walk:
