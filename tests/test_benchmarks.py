@@ -8,8 +8,10 @@ import torch
 pytest.importorskip("torchjd")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import gradsurgery as gs
 from benchmarks.__main__ import FIGURES, main, parse
 from benchmarks.report import Figure, overhead, table
+from benchmarks.split import Sizes, check
 from benchmarks.timing import Contender, interleaved, ratios
 
 
@@ -29,13 +31,34 @@ def test_everything_runs_in_small(tmp_path, capsys, threads):
     assert [row["name"] for row in written["figures"]] == [figure.name for figure in figures]
     assert {"python", "torch", "torchjd", "threads", "cpu"} <= written["environment"].keys()
     assert table(figures) in (tmp_path / "figures.md").read_text()
-    assert (tmp_path / "rules.png").stat().st_size > 10_000
+    for start in ("peak memory, K=", "peak memory, single pass, K=", "single pass, K=", "growth, width "):
+        assert any(figure.name.startswith(start) for figure in figures)
+    for picture in ("rules.png", "growth.png"):
+        assert (tmp_path / picture).stat().st_size > 10_000
 
 
-def test_runs_what_is_named(tmp_path, threads):
-    figures = main(["surgery", "--quick", "--threads", "1", "--out", str(tmp_path)])
+@pytest.mark.parametrize(
+    ("name", "start"), [("surgery", "surgery alone"), ("split", "single pass, K="), ("growth", "growth, width ")]
+)
+def test_runs_what_is_named(name, start, tmp_path, threads):
+    figures = main([name, "--quick", "--threads", "1", "--out", str(tmp_path)])
     assert figures
-    assert all(figure.name.startswith("surgery alone") for figure in figures)
+    assert all(figure.name.startswith(start) for figure in figures)
+    assert len({figure.name for figure in figures}) == len(figures)
+
+
+def test_single_pass_is_compared_with_all_that_it_claims_to_beat(tmp_path, threads):
+    figures = main(["split", "--quick", "--threads", "1", "--out", str(tmp_path)])
+    targets = [(figure.name.split(",")[1].strip(), figure.target) for figure in figures if figure.target]
+    assert targets == [("K=8", "<= 1.35"), ("K=8", ">= 5"), ("K=32", "<= 1.35"), ("K=32", ">= 2"), ("K=100", "<= 1.6")]
+
+
+@pytest.mark.parametrize("sizes", [Sizes(2, 4, 4, 16, 2, 32), Sizes(3, 4, 4, 16, 2, 32)], ids=["even", "uneven"])
+def test_check_of_the_single_pass_finds_wrong_gradients(sizes, monkeypatch):
+    check(sizes, 0)
+    monkeypatch.setattr(gs, "Sum", gs.Mean)
+    with pytest.raises(AssertionError, match="is not the sum of the tasks'"):
+        check(sizes, 0)
 
 
 def test_lists_all_figures(capsys):
