@@ -27,6 +27,7 @@ class Combination:
         state: the rule's.
         generator: that the rule draws from.
         scale: of the losses, or None: rules see gradients without it.
+        undoable: whether :meth:`undo` may be called. It takes a copy of each ``p.grad`` that is there.
     """
 
     def __init__(
@@ -37,6 +38,8 @@ class Combination:
         state: State,
         generator: torch.Generator,
         scale: Tensor | None,
+        *,
+        undoable: bool = False,
     ) -> None:
         self._gradients = gradients
         self._rule = rule
@@ -44,6 +47,8 @@ class Combination:
         self._before = self._state = state
         self._generator = generator
         self._scale = scale
+        self._undoable = undoable
+        self._old: dict[int, Tensor | None] = {}
         self._random: list[Tensor] = []  # the generator's state ahead of each level, and after the last
         self._finite: list[Tensor] = []
         self._done: list[tuple[int, Level, Tensor, Tensor]] = []  # depth, level, Gram and mixing matrices
@@ -63,14 +68,34 @@ class Combination:
             self._done.append((depth, level, gram, mixing))
             coefficients = (mixing * level.active[:, :, None]).sum(-2)
             for p, combined in level.combine(gradients.rows, coefficients):
-                gradients.accumulate(p, combined)
+                self._accumulate(p, combined)
         for p in plan.alone:
             combined = gradients.rows[p].alone()
             if self._before:
                 values = combined._values() if combined.is_sparse else combined
                 self._finite.append(values.isfinite().all().to(gradients.device))
-            gradients.accumulate(p, combined)
+            self._accumulate(p, combined)
             gradients.rows[p].clear()
+
+    def _accumulate(self, p: int, combined: Tensor) -> None:
+        if self._undoable:
+            old = self._gradients.parameters[p].grad
+            self._old[p] = None if old is None else old.clone()
+        self._gradients.accumulate(p, combined)
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Leaves ``p.grad`` and the generator as they were."""
+        for p, old in self._old.items():
+            parameter = self._gradients.parameters[p]
+            if old is None:
+                parameter.grad = None
+            elif parameter.grad is not None and parameter.grad.layout == old.layout == torch.strided:
+                parameter.grad.copy_(old)
+            else:
+                parameter.grad = old
+        if self._random:
+            self._generator.set_state(self._random[0])
 
     def _mix(self, depth: int, gram: Tensor, active: Tensor | None) -> Tensor:
         if depth < len(self._random):

@@ -236,10 +236,14 @@ class Surgery:
 
     def _run_streaming(self, single: Pass, seeds: Tensor, retain_graph: bool) -> None:
         trained = [p for p, parameter in enumerate(self.gradients.parameters) if parameter.requires_grad]
-        combination = self._combination()
+        combination = self._combination(undoable=True)
         stream = Stream(self.gradients, combination, [trained[i] for i in single.reached])
-        single.run(seeds, retain_graph=retain_graph, complete=lambda i: stream.complete(trained[i]))
-        stream.finish()
+        try:
+            single.run(seeds, retain_graph=retain_graph, complete=lambda i: stream.complete(trained[i]))
+            stream.finish()
+        except BaseException:
+            combination.undo()
+            raise
         self._finish(combination)
         self._streamed = True
 
@@ -281,9 +285,11 @@ class Surgery:
         combination.add()
         self._finish(combination)
 
-    def _combination(self) -> Combination:
+    def _combination(self, *, undoable: bool = False) -> Combination:
         assert self.tasks is not None
-        return Combination(self.gradients, self.rule, self.tasks, self.state, self.generator, self._scale)
+        return Combination(
+            self.gradients, self.rule, self.tasks, self.state, self.generator, self._scale, undoable=undoable
+        )
 
     def _finish(self, combination: Combination) -> None:
         self._usual_passes = max(self._usual_passes, len(self.passes))

@@ -117,9 +117,9 @@ def summed(values: Tensor, labels: Labels, shape: Shape) -> tuple[list[int], Ten
         values = values.sum(alike, keepdim=True)
     if not apart:
         return [int(labels.flat[0])], values.reshape(1, *shape)
-    values = values.movedim(apart, list(range(len(apart)))).flatten(0, len(apart) - 1)
     found = segments(labels.reshape(-1))
-    return found.tasks, _row_sums(values.flatten(1), found).reshape(len(found.tasks), *shape)
+    rows = values.movedim(apart, list(range(len(apart)))).reshape(labels.size, -1)
+    return found.tasks, _row_sums(rows, found).reshape(len(found.tasks), *shape)
 
 
 def _row_sums(rows: Tensor, found: Segments) -> Tensor:
@@ -234,9 +234,11 @@ def _product(p: Passage, gradients: Sequence[Tensor | None], wanted: Sequence[Wa
     return result
 
 
-def _layer_norm(p: Passage, gradients: Sequence[Tensor | None], wanted: Sequence[Wanted]) -> Blocks:
+def _layer_norm(p: Passage, gradients: Sequence[Tensor | None], wanted: Sequence[Wanted]) -> Blocks | None:
     gradient, labels = _there(gradients[0]), p.labels[0]
     assert labels is not None
+    if any(w.edge == 0 for w in wanted):
+        return None
     result: Blocks = {}
     for w in wanted:
         values = gradient
@@ -246,10 +248,11 @@ def _layer_norm(p: Passage, gradients: Sequence[Tensor | None], wanted: Sequence
     return result
 
 
-def _rms_norm(p: Passage, gradients: Sequence[Tensor | None], wanted: Sequence[Wanted]) -> Blocks:
-    (w,) = wanted
-    labels = p.labels[0]
+def _rms_norm(p: Passage, gradients: Sequence[Tensor | None], wanted: Sequence[Wanted]) -> Blocks | None:
+    w, labels = wanted[0], p.labels[0]
     assert labels is not None
+    if any(w.edge == 0 for w in wanted):
+        return None
     return {w.edge: summed(p.saved("input") * p.saved("result1") * _there(gradients[0]), labels, w.shape)}
 
 
@@ -265,7 +268,7 @@ def _by_sample(p: Passage, tensors: Sequence[Tensor]) -> tuple[Segments, list[Te
 def _convolution(p: Passage, gradients: Sequence[Tensor | None], wanted: Sequence[Wanted]) -> Blocks | None:
     gradient, weight = _there(gradients[0]), p.saved("weight")
     sorted_ = _by_sample(p, [gradient, p.saved("input")])
-    if sorted_ is None:
+    if sorted_ is None or any(w.edge == 0 for w in wanted):
         return None
     found, (g, x) = sorted_
     result: Blocks = {}
@@ -287,7 +290,7 @@ def _convolution(p: Passage, gradients: Sequence[Tensor | None], wanted: Sequenc
 def _group_norm(p: Passage, gradients: Sequence[Tensor | None], wanted: Sequence[Wanted]) -> Blocks | None:
     tensors = [_there(gradients[0]), p.saved("input"), p.saved("result1"), p.saved("result2")]
     sorted_ = _by_sample(p, tensors)
-    if sorted_ is None:
+    if sorted_ is None or any(w.edge == 0 for w in wanted):
         return None
     found, tensors = sorted_
     mask = [False, any(w.edge == 1 for w in wanted), any(w.edge == 2 for w in wanted)]
@@ -312,7 +315,7 @@ def _embedding(p: Passage, gradients: Sequence[Tensor | None], wanted: Sequence[
     # One table for each task, below each other; and a last row for what is padding, and for nobody's.
     place = np.full(max(tasks) + 2, len(tasks) * number, np.int64)  # the last entry is that of nobody, -1
     place[tasks] = np.arange(len(tasks)) * number
-    first = torch.from_numpy(place[labels[..., 0]]).to(indices.device)
+    first = torch.from_numpy(np.asarray(place[labels[..., 0]])).to(indices.device)
     last = len(tasks) * number
     index = torch.where(first == last, last, indices + first)
     padding = signed(p.saved("padding_idx"))

@@ -154,8 +154,8 @@ def _repeat(p: Passage) -> Sequence[Flow] | None:
         return [None]
     shape = (1,) * (len(repeats) - len(shape)) + shape
     pairs = tuple(n for pair in zip(repeats, shape, strict=True) for n in pair)
-    apart = reshaped(p.first, p.outer[0], pairs)
-    if any(apart.shape[2 * i] != 1 for i in range(len(repeats))):
+    apart = across(reshaped(p.first, p.outer[0], pairs), range(0, len(pairs), 2))
+    if apart is None:
         return [SHARED]
     return [reduced(apart.reshape(apart.shape[1::2]), shape[len(shape) - len(p.inner[0] or ()) :])]
 
@@ -175,7 +175,7 @@ def _slice(p: Passage) -> Sequence[Flow]:
     dim = signed(p.saved("dim")) % len(shape)
     if p.outer[0][dim] == shape[dim]:
         return [p.first]
-    return [_placed(p.first, dim, slice(p.saved("start"), p.saved("end"), p.saved("step")), shape)]
+    return [_placed(p.first, dim, slice(signed(p.saved("start")), signed(p.saved("end")), p.saved("step")), shape)]
 
 
 def _placed(labels: Labels, dim: int, where: slice, shape: Shape) -> Labels:
@@ -483,7 +483,7 @@ RULES: dict[str, Rule] = _table(
     (_index_put, "IndexPut IndexPutImpl UnsafeIndexPut"),
     (_index_add, "IndexAdd"),
     (_reduction, "Sum Mean Nansum Var Std Amax Amin Logsumexp LinalgVectorNorm Norm Max Min Median Mode Prod Kthvalue"),
-    (_along, "Softmax LogSoftmax SafeSoftmax Cumsum Cumprod Logcumsumexp Flip Roll Sort Topk Renorm Glu Gather"),
+    (_along, "Softmax LogSoftmax SafeSoftmax Cumsum Cumprod Logcumsumexp Flip Roll Sort Topk Glu Gather"),
     (
         _batch_first,
         "MaxPool2DWithIndices MaxPool3DWithIndices MkldnnMaxPool2D AvgPool2D AvgPool3D AdaptiveAvgPool2D AdaptiveAvgPool3D "
@@ -608,11 +608,7 @@ def probed(passage: Passage) -> Sequence[Flow]:
             result.append(SHARED)
         else:
             found = np.where(anyone[i], np.asarray(tasks, np.int32)[np.minimum(number[i], len(tasks) - 1)], NOBODY)
-            labels: Labels = found.astype(np.int32)
-            for dim in range(labels.ndim):  # compact
-                same = across(labels, [dim])
-                labels = labels if same is None else same
-            result.append(labels)
+            result.append(compact(found.astype(np.int32)))
     return result
 
 

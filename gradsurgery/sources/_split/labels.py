@@ -151,8 +151,8 @@ def scattered(labels: Labels, index: Any, shape: Shape, dims: Sequence[int]) -> 
     if picked.ndim != labels.ndim:
         raise Unknown
     wide = np.broadcast_to(labels, picked.shape)
-    result[index] = wide
-    if not np.array_equal(result[index], wide):  # an element that is picked twice, by different tasks
+    np.maximum.at(result, index, wide)  # nobody gives way
+    if ((wide != NOBODY) & (result[index] != wide)).any():  # an element that is picked twice, by different tasks
         return SHARED
     return compact(result, [dim for dim in range(len(shape)) if dim not in dims])
 

@@ -16,7 +16,7 @@ from ..._buffer import Rows
 from ..._groups import some
 from .._graph import reached_by, topological
 from .cuts import CUTS, New, Wanted, cut, general, split_labelled
-from .flow import Interaction, Passage, call, flows, signed
+from .flow import Interaction, Passage, call, flows, present, signed
 from .labels import SHARED, Flow, Labels, Shared, merge
 from .saved import keep_readable
 from .verify import differences, precision
@@ -119,7 +119,8 @@ class Route:
         for _, _, number, flow in arrived:
             merged[number] = merge(merged[number], flow)
         if any(isinstance(flow, Shared) for flow in merged):
-            raise self._interaction(node, "elements of the same tensor are used by samples of several tasks")
+            self._visit_below(node, arrived)
+            return
         labels = [flow if isinstance(flow, np.ndarray) else None for flow in merged]
         shapes: list[tuple[int, ...] | None] = []
         for target, number in node.next_functions:
@@ -150,8 +151,8 @@ class Route:
         for work, i, _, flow in arrived:
             if work is None or isinstance(flow, Shared) or flow is None:
                 continue
-            if flow.size > 1:
-                raise self._interaction(node, "its result is used both sample by sample, and by all samples together")
+            if len(present([flow])) > 1:
+                raise self._interaction(node, "elements of its result are used by samples of several tasks")
             self._add(work, i, SHARED)
             work.below.remove(node)
         for target, number in node.next_functions:
