@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 from torch.autograd.graph import GradientEdge
 from torch.nn import functional as F
 

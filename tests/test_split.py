@@ -752,8 +752,8 @@ INTERACTIONS = {
     ),
     "centred": (
         interacting(lambda m, x: (lambda h: h - h.mean(0))(m.first(x))),
-        r"samples that do not interact, but at operation Addmm, on the way to parameter 'first\.weight': its result is used "
-        r"both sample by sample, and by all samples together.*Remedy: compute one loss per task.*mapping, without split\(\)",
+        r"samples that do not interact, but at operation Addmm, on the way to parameter 'first\.weight': elements of its "
+        r"result are used by samples of several tasks.*Remedy: compute one loss per task.*mapping, without split\(\)",
     ),
     "softmax beside": (
         interacting(lambda m, x: (lambda h: h * h.softmax(0))(m.first(x))),
@@ -901,7 +901,7 @@ def test_the_check_under_a_scaler():
     assert opt.last is not None
 
 
-# --- Faults that there once were --------------------------------------------------------------------------------------------
+# --- Faults that there once were --------------------------------------------------------------------------------------
 
 
 def each_task_apart(function):
