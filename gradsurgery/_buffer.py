@@ -33,8 +33,7 @@ class Rows:
 
     def __init__(self, arena: Arena | None = None) -> None:
         self._arena = Arena() if arena is None else arena
-        self.of: dict[int, Tensor] = {}
-        """Task → gradient. Of the parameter's shape, until :meth:`align` may reduce it to the indices in use."""
+        self._of: dict[int, Tensor] | None = {}  # None: the block's rows, of which no one has asked for a single one
         self._ever: set[int] = set()  # the tasks of all steps before
         self._layout: tuple[int, ...] = ()  # the tasks that the block has place for, in this order
         self._block: Tensor | None = None
@@ -45,13 +44,28 @@ class Rows:
         self._products: list[Tensor] | None = None  # inner products that were made when the rows were still warm
 
     @property
+    def of(self) -> dict[int, Tensor]:
+        """Task → gradient. Of the parameter's shape, until :meth:`align` may reduce it to the indices in use."""
+        if self._of is None:
+            assert self._block is not None
+            self._of = dict(zip(self._layout, self._block, strict=True))
+        return self._of
+
+    @property
     def tasks(self) -> tuple[int, ...]:
         """The tasks that reached the parameter, in increasing order."""
-        return tuple(sorted(self.of))
+        return self._layout if self._of is None else tuple(sorted(self._of))
+
+    @property
+    def _any(self) -> Tensor:
+        """One of the rows, or all of them."""
+        if self._of is None and self._block is not None:
+            return self._block
+        return next(iter(self.of.values()))
 
     def expect(self, tasks: Sequence[int]) -> None:
         """Says that gradients of these tasks are to come, so that a block has place for those that may reach here."""
-        if not self.of and not set(tasks) <= set(self._layout):
+        if not self.tasks and not set(tasks) <= set(self._layout):
             self._layout = tuple(sorted(self._ever.intersection(tasks)))
 
     def add(self, task: int, gradient: Tensor, *, dense: bool = False) -> None:
@@ -87,7 +101,7 @@ class Rows:
         The block may be kept. It is not modified, unless it is ``owned``: nobody else's.
         """
         self._products = None
-        if self.of:
+        if self.tasks:
             inside = self._owned and self._block is not None and self._inside == set(tasks) and self._layout == tuple(tasks)
             if inside and self._block is not None:
                 self._block.add_(block)
@@ -100,7 +114,7 @@ class Rows:
             if whole is not block:
                 self._arena.give(block)
             self._layout, self._block, self._inside, self._owned = tuple(tasks), whole, set(tasks), owned
-            self.of = dict(zip(tasks, self._block, strict=True))
+            self._of = None
 
     def drop(self, task: int) -> None:
         """Forgets a task's row, as if the task had not reached the parameter."""
@@ -112,29 +126,31 @@ class Rows:
     def clear(self) -> None:
         """Frees the rows, and remembers which tasks they belonged to."""
         self._layout = self.tasks or self._layout
-        self._ever.update(self.of)
+        self._ever.update(self.tasks)
         if self._block is not None:
             self._arena.give(self._block)
-        self.of, self._block, self._inside, self._owned = {}, None, set(), False
+        self._of, self._block, self._inside, self._owned = {}, None, set(), False
         self._dense, self._sparse, self._products = False, None, None
 
     def align(self) -> None:
         """Brings rows of mixed layout into one form: sparse ones to the dense values of the indices that several use."""
-        rows = self.of
+        if self._of is None:
+            return
+        rows = self._of
         sparse = [row.is_sparse for row in rows.values()]
         if not any(sparse):
             return
         if not all(sparse):
-            self.of = {task: row.to_dense() if row.is_sparse else row for task, row in rows.items()}
+            self._of = {task: row.to_dense() if row.is_sparse else row for task, row in rows.items()}
             return
         self._sparse = Sparse({task: row.coalesce() for task, row in rows.items()}, self._dense)
-        self.of = self._sparse.shared
+        self._of = self._sparse.shared
 
     def chunks(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """The aligned rows, as real matrices ``[k, n]`` over consecutive coordinates. A complex one counts as two."""
-        whole = len(self._inside) == len(self.of) == len(self._layout)
+        whole = len(self._inside) == len(self.tasks) == len(self._layout)
         if self._block is not None and whole and self._block.dtype == dtype:
-            yield self._block.reshape(len(self.of), self._block[0].numel())
+            yield self._block.reshape(len(self._block), self._block.numel() // len(self._block))
             return
         rows = [_real(self.of[task]).reshape(-1) for task in self.tasks]
         length = _CPU_CHUNK if rows[0].device.type == "cpu" else _CHUNK
@@ -144,9 +160,8 @@ class Rows:
     def warm(self) -> None:
         """Multiplies rows that are complete, as :func:`gram` will want it, while they are in the cache."""
         self.align()
-        first = next(iter(self.of.values()), None)
-        if first is not None and first.device.type == "cpu" and len(self.of) > 1:
-            dtype = torch.float32 if not _is_double(first) and _products_are_exact() else torch.float64
+        if len(self.tasks) > 1 and self._any.device.type == "cpu":
+            dtype = torch.float32 if not _is_double(self._any) and _products_are_exact() else torch.float64
             self._products = [_inner_products(chunk) for chunk in self.chunks(dtype)]
 
     def products(self, dtype: torch.dtype) -> list[Tensor]:
@@ -157,7 +172,7 @@ class Rows:
 
     def combine(self, coefficients: Tensor) -> Tensor:
         """``sum_k c_k row_k``, of the parameter's shape, given the tasks' coefficients ``[k]`` in order."""
-        like = next(iter(self.of.values()))
+        like = self._block[0] if self._of is None and self._block is not None else self._any
         result = torch.empty_like(like, memory_format=torch.contiguous_format)
         flat = _real(result).view(-1)
         coefficients = coefficients.to(like.device, torch.float64 if _is_double(like) else torch.float32)
@@ -180,6 +195,16 @@ class Rows:
         """Whether the task's aligned row is finite, a boolean on its device."""
         finite = self.of[task].isfinite().all()
         return finite if self._sparse is None else finite & self._sparse.finite(task)
+
+    @property
+    def double(self) -> bool:
+        """Whether a row is in double precision."""
+        return _is_double(self._any) if self._of is None else any(map(_is_double, self._of.values()))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return self._any.device
 
     @property
     def outside(self) -> Tensor | None:
@@ -255,8 +280,8 @@ def gram(parameters: Sequence[Rows]) -> Tensor:
     In float64, from products in float32 at least. Float32 products are used on the CPU only, where they cost much less and
     where it can be seen at once whether they left the range of float32; then, and everywhere else, float64 is used.
     """
-    double = any(_is_double(row) for rows in parameters for row in rows.of.values())
-    device = next(iter(parameters[0].of.values())).device
+    double = any(rows.double for rows in parameters)
+    device = parameters[0].device
     if device.type == "mps":  # has no float64
         return _gram(parameters, torch.float32, device)
     if device.type == "cpu" and not double and _products_are_exact():
@@ -271,7 +296,7 @@ def _gram(parameters: Sequence[Rows], dtype: torch.dtype, device: torch.device) 
     parts = [part.to(device) for rows in parameters for part in rows.products(dtype)]
     parts += [torch.diag(rows.outside.to(device, dtype)) for rows in parameters if rows.outside is not None]
     if not parts:  # parameters without any element
-        return torch.zeros([len(parameters[0].of)] * 2, dtype=dtype, device=device)
+        return torch.zeros([len(parameters[0].tasks)] * 2, dtype=dtype, device=device)
     result = torch.stack(parts)
     return (result if device.type == "mps" else result.double()).sum(0)
 
