@@ -18,6 +18,7 @@ try:
 
     from . import report
     from .data import CODES, DEFAULT, Corpus
+    from .options import check_positive, parser
     from .train import METHODS, Settings, train
 except ImportError as error:
     raise SystemExit(f'The demo needs more packages ({error}): pip install "gradsurgery[examples]".') from error
@@ -30,10 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     torch.set_num_threads(options.threads)
     settings = Settings(steps=options.steps)
     if options.quick:
-        settings = replace(settings, steps=3, batch=2, width=16, decoded=2)
+        settings = settings.quick()
     corpus = Corpus.read(options.languages)
     counts = ", ".join(f"{name} {len(corpus.train[name])}+{len(corpus.valid[name])}" for name in corpus.languages)
     print(f"English into {len(corpus.languages)} languages; messages to train on and to validate: {counts}.", flush=True)
+    if options.every > 1:
+        print(f"Surgery in one step of {options.every}, reused in the others; Sum measures all.", flush=True)
 
     runs = []
     total = options.seeds * len(options.methods) * settings.steps
@@ -42,12 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> Path:
             batches = list(corpus.batches(settings.steps, settings.batch, seed))
             for method in options.methods:
                 bar.set_description(method)
-
-                def progress(loss: float) -> None:
-                    bar.set_postfix_str(f"loss {loss:.2f}", refresh=False)
+                every = 1 if method == "Sum" else options.every  # there is nothing to reuse: Sum only measures
+                for run in train(method, seed, corpus, batches, replace(settings, every=every)):
+                    bar.set_postfix_str(f"loss {run.training[-1]:.2f}", refresh=False)
                     bar.update()
-
-                runs.append(train(method, seed, corpus, batches, settings, progress))
+                runs.append(run)
 
     options.out.mkdir(parents=True, exist_ok=True)
     report.results(runs, options.out)
@@ -58,29 +60,18 @@ def main(arguments: Sequence[str] | None = None) -> Path:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.translation",
-        description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--languages", nargs="+", default=list(DEFAULT), metavar="NAME", help=f"of {', '.join(CODES)}")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), help="what to compare")
-    parser.add_argument("--steps", type=int, default=Settings.steps, help="optimizer steps of each method")
-    parser.add_argument("--seed", type=int, default=0, help="the first seed: initial weights, batches, random orders")
-    parser.add_argument("--seeds", type=int, default=1, help="how many seeds; several give 95%% intervals")
-    parser.add_argument("--threads", type=int, default=1, help="that PyTorch computes with; more are no quicker here")
-    parser.add_argument("--out", type=Path, default=Path("out/translation"), help="folder for pictures and results")
-    parser.add_argument("--quick", action="store_true", help="three tiny steps, to see that everything works")
-    options = parser.parse_args(arguments)
+    known = parser("examples.translation", __doc__, steps=Settings.steps, seeds=1, out="out/translation")
+    known.add_argument("--languages", nargs="+", default=list(DEFAULT), metavar="NAME", help=f"of {', '.join(CODES)}")
+    known.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), help="what to compare")
+    known.add_argument("--every", type=int, default=1, metavar="N", help="surgery at each N-th step, reused in between")
+    options = known.parse_args(arguments)
     if unknown := [name for name in options.languages if name not in CODES]:
-        parser.error(f"--languages: there is no {', '.join(unknown)}. Choose from {', '.join(CODES)}.")
+        known.error(f"--languages: there is no {', '.join(unknown)}. Choose from {', '.join(CODES)}.")
     if len(set(options.methods)) < len(options.methods):
-        parser.error("--methods: each can be there once; --seeds repeats them.")
+        known.error("--methods: each can be there once; --seeds repeats them.")
     if len(options.languages) < 2 or len(set(options.languages)) < len(options.languages):
-        parser.error("--languages: at least two different ones are needed.")
-    for name in ("steps", "seeds", "threads"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} must be at least 1. Found {getattr(options, name)}.")
+        known.error("--languages: at least two different ones are needed.")
+    check_positive(known, options, "steps", "seeds", "threads", "every")
     return options
 
 
