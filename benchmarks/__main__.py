@@ -8,9 +8,11 @@ from pathlib import Path
 
 import torch
 
-from .memory import memory
+from .growth import growth
+from .memory import memory, memory_split
 from .report import Figure, Options, table, write
 from .rules import many_groups, one_group, picture
+from .split import split
 from .step import step
 from .surgery import surgery
 
@@ -20,7 +22,10 @@ FIGURES: dict[str, Callable[[Options], list[Figure]]] = {
     "step": step,
     "surgery": surgery,
     "memory": memory,
+    "split": split,
+    "memory-split": memory_split,
     "picture": picture,
+    "growth": growth,
 }
 
 
@@ -58,11 +63,11 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Options, list[str]]:
     parser.add_argument("--repeats", type=int, default=default.repeats, help="samples of each contender")
     parser.add_argument("--threads", type=int, default=default.threads, help="that PyTorch computes with")
     parser.add_argument("--seed", type=int, default=default.seed, help="of all random numbers")
-    parser.add_argument("--out", type=Path, default=default.out, help="folder for figures.md, figures.json and rules.png")
+    parser.add_argument("--out", type=Path, default=default.out, help="folder for figures.md, figures.json and pictures")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: sees that all works; the figures mean nothing")
     chosen = parser.parse_args(arguments)
     if chosen.list:
-        print("".join(f"{name:<12}{_summary(name)}\n" for name in FIGURES), end="")
+        print("".join(f"{name:<14}{_summary(name)}\n" for name in FIGURES), end="")
         parser.exit()
     if unknown := [name for name in chosen.names if name not in FIGURES]:
         parser.error(f"there is no {', '.join(unknown)}: choose from {', '.join(FIGURES)}")

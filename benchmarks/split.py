@@ -32,6 +32,12 @@ class Sizes:
     layers: int = 4
     symbols: int = 4096
 
+    @classmethod
+    def of(cls, options: Options, tasks: int, sequences: int = 64) -> Sizes:
+        """Those of the figures, or with a tiny model."""
+        tiny = {"tokens": 4, "width": 16, "layers": 2, "symbols": 32} if options.quick else {}
+        return cls(tasks, sequences, **tiny)
+
 
 class Model(nn.Module):
     """Token embedding, learned positions, a Transformer encoder, and a linear layer to all symbols."""
@@ -41,9 +47,7 @@ class Model(nn.Module):
         self.embedding = nn.Embedding(sizes.symbols, sizes.width)
         self.positions = nn.Parameter(torch.randn(sizes.tokens, sizes.width))
         self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                sizes.width, 4, 4 * sizes.width, dropout=0.0, batch_first=True, norm_first=True
-            )
+            nn.TransformerEncoderLayer(sizes.width, 4, 4 * sizes.width, dropout=0.0, batch_first=True, norm_first=True)
             for _ in range(sizes.layers)
         )
         self.norm = nn.LayerNorm(sizes.width)
@@ -79,7 +83,11 @@ class Steps:
 
     def plain(self) -> None:
         """One backward pass of the mean loss."""
-        self._losses().mean().backward()
+        self.loss().backward()
+
+    def loss(self) -> Tensor:
+        """The mean over the batch."""
+        return self._losses().mean()
 
     def single_pass(
         self, rule: gs.Rule | None = None, *, at_random: bool = False, stream: bool | None = None
@@ -136,3 +144,104 @@ class Steps:
     def _optimizer(self, rule: gs.Rule, stream: bool | None = None) -> gs.SurgeryOptimizer:
         sgd = torch.optim.SGD(self.model.parameters(), lr=0.1)
         return gs.SurgeryOptimizer(sgd, rule, model=self.model, groups="layer", tasks=self.tasks, stream=stream)
+
+
+def split(options: Options) -> list[Figure]:
+    """Single pass of a batch that mixes up to 100 tasks, and GradVac per layer, against plain and task-by-task training."""
+    figures = _against_torchjd(Sizes.of(options, 8), options)
+    figures += _against_apart(Sizes.of(options, 32), options)
+    figures += _against_plain(Sizes.of(options, 100, 256), options)
+    return figures
+
+
+def check(sizes: Sizes, seed: int) -> None:
+    """The rule ``Sum`` has to give the sum of the tasks' gradients, and where tasks are of one size, a plain step's.
+
+    Raises:
+        AssertionError: if it does not.
+    """
+    steps = Steps(sizes, seed)
+    expected = [torch.zeros_like(parameter) for parameter in steps.parameters]
+    for gradients in steps.gradients():
+        torch._foreach_add_(expected, gradients)
+    _check_close(steps, steps.single_pass(gs.Sum()), expected, "the sum of the tasks'")
+    if sizes.sequences % sizes.tasks == 0:  # then it does not matter whose which sequence is
+        plain = [sizes.tasks * gradient for gradient in torch.autograd.grad(steps.loss(), steps.parameters)]
+        for at_random in (False, True):
+            _check_close(steps, steps.single_pass(gs.Sum(), at_random=at_random), plain, "a plain step's")
+
+
+def _check_close(steps: Steps, run: Callable[[], None], expected: list[Tensor], what: str) -> None:
+    for _ in range(3):  # the second step streams, and the third one does so in memory that is there
+        steps.zero_grad()
+        run()
+        for (name, parameter), gradient in zip(steps.model.named_parameters(), expected, strict=True):
+            if parameter.grad is None or not (parameter.grad - gradient).norm() <= 1e-4 * gradient.norm():
+                raise AssertionError(f"The gradient of {name} is not {what}.")
+
+
+def _against_torchjd(sizes: Sizes, options: Options) -> list[Figure]:
+    """Against a plain step, and TorchJD."""
+    check(sizes, options.seed)
+    steps = Steps(sizes, options.seed)
+    times = _times(
+        steps,
+        {
+            "plain": steps.plain,
+            "ours": steps.steady(),
+            "at random": steps.steady(at_random=True),
+            "torchjd": steps.torchjd,
+            "torchjd, one loss at a time": lambda: steps.torchjd(at_a_time=1),
+        },
+        options,
+    )
+    label = _label(sizes)
+    return [
+        overhead(f"{label}, against plain step", times["ours"], times["plain"], 1.35),
+        overhead(f"{label}, sequences in random order, against plain step", times["at random"], times["plain"]),
+        faster(f"{label}, against TorchJD's", times["ours"], times["torchjd"], 5),
+        faster(f"{label}, against TorchJD's, one loss at a time", times["ours"], times["torchjd, one loss at a time"]),
+    ]
+
+
+def _against_apart(sizes: Sizes, options: Options) -> list[Figure]:
+    """Against a plain step, and one step for each task."""
+    check(sizes, options.seed)
+    steps = Steps(sizes, options.seed)
+    times = _times(
+        steps,
+        {
+            "plain": steps.plain,
+            "ours": steps.steady(),
+            "at random": steps.steady(at_random=True),
+            "sum": steps.steady(gs.Sum()),
+            "apart": steps.apart,
+        },
+        options,
+    )
+    label = _label(sizes)
+    return [
+        overhead(f"{label}, against plain step", times["ours"], times["plain"], 1.35),
+        overhead(f"{label}, sequences in random order, against plain step", times["at random"], times["plain"]),
+        overhead(f"{_label(sizes, 'no surgery')}, against plain step", times["sum"], times["plain"]),
+        faster(f"{label}, against each task's batch by itself without any rule", times["ours"], times["apart"], 2),
+    ]
+
+
+def _against_plain(sizes: Sizes, options: Options) -> list[Figure]:
+    """Against a plain step."""
+    check(sizes, options.seed)
+    steps = Steps(sizes, options.seed)
+    times = _times(steps, {"plain": steps.plain, "ours": steps.steady()}, options)
+    return [overhead(f"{_label(sizes)}, against plain step", times["ours"], times["plain"], 1.6)]
+
+
+def _times(steps: Steps, ways: Mapping[str, Callable[[], object]], options: Options) -> dict[str, list[float]]:
+    contenders = {way: Contender(run, steps.zero_grad) for way, run in ways.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop")  # some of TorchJD's use of vmap
+        return interleaved(contenders, options.repeats, f"single pass, K={steps.tasks}")
+
+
+def _label(sizes: Sizes, what: str = "GradVac per layer") -> str:
+    return f"single pass, K={sizes.tasks}, {sizes.sequences} sequences, {what}"

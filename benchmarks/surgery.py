@@ -73,7 +73,7 @@ class Surgery:
         Raises:
             AssertionError: if it does not.
         """
-        rule, self._optimizer.rule = self._optimizer.rule, gs.Sum()
+        rule, self._optimizer._surgery.rule = self._optimizer.rule, gs.Sum()
         for fresh in (True, False):
             self.fill(fresh)
             self.operate()
@@ -81,7 +81,7 @@ class Surgery:
                 gradient: Tensor | None = parameter.grad
                 if gradient is None or not torch.allclose(gradient, block.sum(0), rtol=1e-4, atol=1e-5):
                     raise AssertionError("The combined gradient is not the sum of the rows.")
-        self._optimizer.rule = rule
+        self._optimizer._surgery.rule = rule
 
     def _read(self) -> None:
         for _ in range(2):

@@ -1,24 +1,30 @@
 """Memory for rows that come and go within a step.
 
-Fresh memory costs the system more time than a gradient costs arithmetic. Where rows are freed during the backward pass, the
-next ones take their place.
+On the CPU, fresh memory costs the system more time than a gradient costs arithmetic. Where rows are freed during the
+backward pass, the next ones take their place; and the system is asked for pages of 2 MiB, of which it makes fewer. Between
+steps the pages belong to the system.
 """
 
 from __future__ import annotations
 
+import mmap
 from math import prod
 
 import torch
 from torch import Tensor
 
 _ALIGNMENT = 64
+_HUGE = 1 << 21  # bytes of a huge page
 
 
 class Arena:
-    """Tensors that share a piece of memory, as large as was needed at one time so far."""
+    """Tensors that share a piece of memory, as large as was needed at one time so far.
+
+    On other devices than the CPU, PyTorch does as much by itself.
+    """
 
     def __init__(self) -> None:
-        self._memory: Tensor | None = None
+        self._memory: _Memory | None = None
         self._free: list[tuple[int, int]] = []  # intervals, in order
         self._taken: dict[int, tuple[int, int]] = {}  # by address: an interval, or (-1, size) of what did not fit
         self._wanted = 0
@@ -26,21 +32,21 @@ class Arena:
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """A tensor with arbitrary content."""
+        if device.type != "cpu":
+            return torch.empty(shape, dtype=dtype, device=device)
+        if not self._taken and self._wanted and (self._memory is None or self._memory.size < self._wanted):
+            self._memory = _Memory(self._wanted)
+            self._free = [(0, self._memory.size)]
         size = -(-max(prod(shape) * dtype.itemsize, 1) // _ALIGNMENT) * _ALIGNMENT
-        if not self._taken and (self._memory is None or len(self._memory) < self._wanted or self._memory.device != device):
-            self._memory = None  # first, so that there are never two
-            self._memory = torch.empty(self._wanted, dtype=torch.uint8, device=device) if self._wanted else None
-            self._free = [(0, self._wanted)] if self._wanted else []
-        place = self._place(size) if self._memory is not None and self._memory.device == device else None
+        place = self._place(size)
         if place is None or self._memory is None:
-            tensor = torch.empty(shape, dtype=dtype, device=device)
-            place = -1
+            tensor, place = torch.empty(shape, dtype=dtype), -1
+            self._wanted = max(self._wanted, 0 if self._memory is None else self._memory.size + size)
         else:
-            tensor = self._memory[place : place + prod(shape) * dtype.itemsize].view(dtype).view(shape)
+            tensor = self._memory.bytes[place : place + prod(shape) * dtype.itemsize].view(dtype).view(shape)
         self._taken[tensor.data_ptr()] = place, size
         self._live += size
-        fits = place >= 0 or self._memory is None
-        self._wanted = max(self._wanted, self._live, 0 if fits or self._memory is None else len(self._memory) + size)
+        self._wanted = max(self._wanted, self._live)
         return tensor
 
     def give(self, tensor: Tensor) -> None:
@@ -58,10 +64,13 @@ class Arena:
                 self._free.append((start, end))
 
     def reset(self) -> None:
-        """Takes everything back."""
+        """Takes everything back, and lets the system have the pages."""
         self._taken.clear()
         self._live = 0
-        self._free = [(0, len(self._memory))] if self._memory is not None else []
+        if self._memory is not None:
+            self._free = [(0, self._memory.size)]
+            if not self._memory.release():
+                self._memory, self._free = None, []
 
     def _place(self, size: int) -> int | None:
         for i, (start, end) in enumerate(self._free):
@@ -69,3 +78,25 @@ class Arena:
                 self._free[i : i + 1] = [(start + size, end)] if end - start > size else []
                 return start
         return None
+
+
+class _Memory:
+    """At least ``size`` bytes, as a tensor."""
+
+    def __init__(self, size: int) -> None:
+        self._map: mmap.mmap | None = None
+        if hasattr(mmap, "MADV_HUGEPAGE") and hasattr(mmap, "MADV_DONTNEED"):  # Linux
+            size = -(-size // _HUGE) * _HUGE
+            self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+            self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+        else:
+            self.bytes = torch.empty(size, dtype=torch.uint8)
+        self.size = size
+
+    def release(self) -> bool:
+        """Gives the pages back to the system, if it makes others when they are touched again."""
+        if self._map is None:
+            return False
+        self._map.madvise(mmap.MADV_DONTNEED)
+        return True

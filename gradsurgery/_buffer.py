@@ -21,6 +21,7 @@ from ._arena import Arena
 
 _CPU_CHUNK = 1 << 17  # coordinates of each row that are gathered at a time: few enough for the cache,
 _CHUNK = 1 << 22  # and on other devices, many enough to hide the launches
+_MANY = 64  # rows, of which half are enough for a product at full speed
 _PIECE = 1 << 14  # coordinates of each row that are multiplied at a time, on the CPU
 
 
@@ -310,7 +311,15 @@ def _inner_products(chunk: Tensor) -> Tensor:
     whole = count * _PIECE
     pieces = chunk[:, :whole].view(len(chunk), count, _PIECE).transpose(0, 1)
     rest = chunk[:, whole:]
-    return torch.bmm(pieces, pieces.mT).sum(0) + rest @ rest.T
+    half = len(chunk) // 2 if len(chunk) >= _MANY else 0
+    lower, upper = pieces[:, half:], pieces[:, :half]
+    result = rest @ rest.T
+    result[half:, half:] += torch.bmm(lower, lower.mT).sum(0)
+    if half:  # it is symmetric: a quarter can be left out
+        above = torch.bmm(upper, pieces.mT).sum(0)
+        result[:half] += above
+        result[half:, :half] += above[:, half:].T
+    return result
 
 
 def _products_are_exact() -> bool:

@@ -653,8 +653,8 @@ CPU = torch.device("cpu")
 
 
 def inside(arena, tensor):
-    start = arena._memory.data_ptr()
-    return start <= tensor.data_ptr() and tensor.data_ptr() + tensor.nbytes <= start + arena._memory.nbytes
+    start = arena._memory.bytes.data_ptr()
+    return start <= tensor.data_ptr() and tensor.data_ptr() + tensor.nbytes <= start + arena._memory.size
 
 
 @quick
@@ -698,10 +698,10 @@ def test_memory_is_given_again():
     rows = [arena.take((100,), torch.float32, CPU) for _ in range(3)]
     arena.give(rows[1])
     again = arena.take((10, 10), torch.float32, CPU)
+    assert arena._wanted == 3 * 448  # in units of 64
     assert again.data_ptr() == rows[1].data_ptr()
     assert inside(arena, again)
-    assert arena._memory.nbytes == 3 * 448  # in units of 64
-    beside = arena.take((100,), torch.float32, CPU)
+    beside = arena.take((arena._memory.size,), torch.uint8, CPU)
     assert not inside(arena, beside)  # no place is left
     arena.give(beside)
     arena.give(torch.zeros(3))  # not the arena's
