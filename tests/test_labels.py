@@ -1,5 +1,6 @@
 """Whose an element of a gradient is: labels, their way through nodes, segments, and the memory for rows."""
 
+import mmap
 from math import prod
 
 import numpy as np
@@ -36,25 +37,22 @@ quick = settings(deadline=None, max_examples=80)
 # --- Labels -----------------------------------------------------------------------------------------------------------
 # The naive versions work on labels that have the tensor's shape.
 
-tasks = st.integers(0, 3)
 shapes = st.lists(st.integers(1, 4), max_size=4).map(tuple)
 
 
 @st.composite
-def labels_of(draw, shape, *, nobody=True):
+def labels_of(draw, shape):
     """Labels of a tensor, of size one along some of its dimensions."""
     narrow = tuple(draw(st.sampled_from([1, size])) for size in shape)
-    values = draw(
-        st.lists(st.integers(NOBODY if nobody else 0, 2), min_size=prod(narrow), max_size=prod(narrow)), label="labels"
-    )
+    values = draw(st.lists(st.integers(NOBODY, 2), min_size=prod(narrow), max_size=prod(narrow)), label="labels")
     return np.array(values, np.int32).reshape(narrow)
 
 
 @st.composite
-def some_labels(draw, **settings):
+def some_labels(draw):
     """A shape, and labels."""
     shape = draw(shapes)
-    return shape, draw(labels_of(shape, **settings))
+    return shape, draw(labels_of(shape))
 
 
 @st.composite
@@ -199,14 +197,14 @@ def test_scattered(data):
     ]
     key = (slice(None),) * first + tuple(np.array(values).reshape(picked) for values in drawn)
     places = np.arange(prod(shape)).reshape(shape)[key]
-    labels = data.draw(labels_of(places.shape, nobody=False))
+    labels = data.draw(labels_of(places.shape))
     found = scattered(labels, key, shape, dims)
     owners = np.full(prod(shape), NOBODY, np.int32)
     for place, task in zip(places.flat, whole(labels, places.shape).flat, strict=True):
-        if owners[place] not in (NOBODY, task):
+        if task != NOBODY and owners[place] not in (NOBODY, task):
             assert found is SHARED
             return
-        owners[place] = task
+        owners[place] = max(owners[place], task)
     check_same_flow(found, owners.reshape(shape), shape)
 
 
@@ -491,12 +489,12 @@ def test_every_rule_has_a_case():
     assert not set(OPERATIONS) & set(OTHERWISE.split())
 
 
-def random_labels(rng, shape, wide, names):
+def random_labels(rng, shape, wide):
     narrow = [size if dim in wide else 1 for dim, size in enumerate(shape)]
-    return rng.choice(names, narrow).astype(np.int32)
+    return rng.choice([NOBODY, 0, 1, 2, 2], narrow).astype(np.int32)
 
 
-def passages(case, name, names=(NOBODY, 0, 1, 2, 2)):
+def passages(case, name):
     """A node, its outputs, and labels: along no dimension, along each, and along all."""
     outputs = case.outputs()
     node = outputs[0].grad_fn
@@ -509,7 +507,7 @@ def passages(case, name, names=(NOBODY, 0, 1, 2, 2)):
         labels = [None] * len(outer)
         for output in outputs:
             if len(outputs) == 1 or rng.random() < 0.8:
-                labels[output.output_nr] = random_labels(rng, output.shape, wide, names)
+                labels[output.output_nr] = random_labels(rng, output.shape, wide)
         if present(labels) and all(labels[output.output_nr] is None or output.numel() for output in outputs):
             yield Passage(node, name, labels, outer, inner), outputs
 
@@ -564,8 +562,7 @@ UNSUMMED = {*ELEMENTWISE.split(), "Addmm", "Baddbmm", "IndexPut"}
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_rules(name):
     answers = 0
-    names = (0, 1, 2) if name in ("Index", "UnsafeIndex", "Repeat") else (NOBODY, 0, 1, 2, 2)
-    for passage, outputs in (pair for case in OPERATIONS[name] for pair in passages(case, name, names)):
+    for passage, outputs in (pair for case in OPERATIONS[name] for pair in passages(case, name)):
         gradients, _ = by_task(passage, outputs)
         try:
             found = RULES[name](passage)
@@ -582,7 +579,23 @@ def test_rules(name):
                 lucky = name == "Embedding" or (broadcast and name in ("Maximum", "Minimum"))
                 check_flow(found[i], expected, shape, may_be_shared=lucky)
             check_flow(probes[i], expected, shape, may_be_shared=broadcast and name in UNSUMMED)
+            if isinstance(probes[i], np.ndarray) and len(gradients) > 1:  # a probe does not guess
+                assert np.array_equal(whole(probes[i], shape), expected)
     assert answers
+
+
+@pytest.mark.xfail(strict=True, reason="says that all elements are the task's")
+def test_a_probe_with_one_task():
+    node = torch.rand(4, requires_grad=True).as_strided((2,), (1,)).grad_fn
+    (found,) = probed(Passage(node, "AsStrided", [constant(1, 1)], [(2,)], [(4,)]))
+    assert whole(found, (4,)).tolist() == [1, 1, NOBODY, NOBODY]
+
+
+@pytest.mark.xfail(strict=True, raises=IndexError)
+def test_a_probe_without_any_task():
+    node = torch.rand(4, requires_grad=True).as_strided((2,), (1,)).grad_fn
+    (found,) = probed(Passage(node, "AsStrided", [constant(NOBODY, 1)], [(2,)], [(4,)]))
+    assert found is None or (found == NOBODY).all()
 
 
 SPECIAL = {
@@ -714,3 +727,19 @@ def test_reset_takes_everything_back():
         arena.reset()
     assert inside(arena, whole)
     assert arena.take((7, 11), torch.float64, CPU).data_ptr() == whole.data_ptr()
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="only Linux has them")
+@pytest.mark.xfail(strict=True, raises=OSError)
+def test_a_system_without_huge_pages(monkeypatch):
+    class Plain(mmap.mmap):
+        def madvise(self, option, *args):
+            if option == mmap.MADV_HUGEPAGE:
+                raise OSError(22, "Invalid argument")
+            super().madvise(option, *args)
+
+    monkeypatch.setattr(mmap, "mmap", Plain)
+    arena = Arena()
+    for _ in range(3):
+        arena.take((7, 11), torch.float64, CPU).fill_(1)
+        arena.reset()

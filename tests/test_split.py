@@ -963,3 +963,59 @@ def test_what_once_was_wrong(what):
 def test_a_norm_of_a_parameter_when_one_task_is_there(norm):
     model = Net(lambda m, x: x + m.norm(m.position), position=(1, 4), norm=norm(4))
     gs.testing.check_split(model, torch.randn(8, 4), [1] * 8)
+
+
+# --- Faults that are known --------------------------------------------------------------------------------------------
+
+
+def overwritten(m, x):
+    """A gradient that arrives nowhere, at operations that no rule knows."""
+    hidden = torch.special.i0(m.first(x))
+    hidden[:] = m.scale
+    return hidden
+
+
+def two_places(m, x):
+    """What is computed of a table, looked up twice, at places that tasks do not share."""
+    table = m.table.tanh()
+    return table[2 * IDS] * table[2 * (IDS + 1) % 6]
+
+
+def selected(m, x):
+    """One task's samples, by an operation that no rule knows."""
+    hidden = m.first(x)
+    return hidden.tanh().index_put((IDS == 0,), m.second(hidden.masked_select((IDS == 0)[:, None]).view(-1, 3)))
+
+
+def a_row_in_place(m, x):
+    hidden = m.first(x)
+    hidden[0] *= m.scale
+    return hidden
+
+
+OPEN_FAULTS = {
+    "overwritten": (IndexError, lambda: Net(overwritten, **linear(), scale=(3,))),
+    "two places of a table": (ValueError, lambda: Net(two_places, table=(6, 3))),
+    "selected": (ValueError, lambda: Net(selected, **linear(), second=nn.Linear(3, 3))),
+    "a row in place": (ValueError, lambda: Net(a_row_in_place, **linear(), scale=(3,))),
+}
+
+
+@pytest.mark.parametrize("what", OPEN_FAULTS)
+def test_known_faults(what, request):
+    error, make = OPEN_FAULTS[what]
+    request.node.add_marker(pytest.mark.xfail(strict=True, raises=error))
+    gs.testing.check_split(make(), torch.randn(8, 4), IDS)
+
+
+@pytest.mark.xfail(strict=True, raises=OverflowError)
+def test_a_task_id_of_more_than_32_bits():
+    with pytest.raises(ValueError, match=r"`task_ids` must be indices of the 3 tasks"), made()[1].split([2**40]):
+        pass
+
+
+@pytest.mark.xfail(strict=True, raises=ZeroDivisionError)
+def test_check_split_where_all_gradients_should_be_zero(monkeypatch):
+    monkeypatch.setattr(cuts, "products", lambda *args: products(*args) + 1)
+    with pytest.raises(AssertionError, match=r"wrong for '0.weight'"):
+        gs.testing.check_split(network(), torch.randn(8, 4), IDS, loss=lambda out: out * 0)
