@@ -8,6 +8,7 @@ steps the pages belong to the system.
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 from math import prod
 
 import torch
@@ -88,7 +89,8 @@ class _Memory:
         if hasattr(mmap, "MADV_HUGEPAGE") and hasattr(mmap, "MADV_DONTNEED"):  # Linux
             size = -(-size // _HUGE) * _HUGE
             self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            self._map.madvise(mmap.MADV_HUGEPAGE)
+            with suppress(OSError):  # there are none: small ones will do
+                self._map.madvise(mmap.MADV_HUGEPAGE)
             self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         else:
             self.bytes = torch.empty(size, dtype=torch.uint8)

@@ -30,14 +30,15 @@ class MixedBatch:
             raise ValueError(f"`reduction` must be 'mean' or 'sum'. Found {reduction!r}.")
         self.tasks = tasks
         self.reduction = reduction
-        self.task_of = np.asarray(_indices(task_ids, tasks), np.int32)
-        if not len(self.task_of):
+        found = _indices(task_ids, tasks)
+        if not len(found):
             raise ValueError("`task_ids` is empty: there must be one for each sample of the batch.")
-        outside = [int(k) for k in self.task_of if not 0 <= k < len(tasks)]
+        outside = [k for k in found if not 0 <= k < len(tasks)]
         if outside:
             raise ValueError(
                 f"`task_ids` must be indices of the {len(tasks)} tasks, 0 to {len(tasks) - 1}. Found {outside[0]}."
             )
+        self.task_of = np.asarray(found, np.int32)
 
     @cached_property
     def present(self) -> tuple[int, ...]:

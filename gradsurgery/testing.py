@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -110,7 +111,9 @@ def check_split(
             if found is not None:
                 gradient = -found if gradient is None else gradient - found
             error = 0.0 if gradient is None else float(gradient.norm())
-            errors[name] = max(errors[name], error / max(norm, least) if error else 0.0)
+            scale = max(norm, least)
+            relative = error / scale if scale else math.inf if error else 0.0
+            errors[name] = max(errors[name], relative)
     report = SplitReport(errors, 10 * single.precision**0.75 if tolerance is None else tolerance)
     if report.wrong:
         raise AssertionError(f"The single pass is wrong for {', '.join(map(repr, report.wrong))}. {report}")

@@ -570,8 +570,8 @@ def probed(passage: Passage) -> Sequence[Flow]:
     node. An element that nothing arrives at has a derivative of zero for all of them.
     """
     tasks = present(passage.labels)
-    if len(tasks) == 1:
-        return [None if shape is None else constant(tasks[0], len(shape)) for shape in passage.inner]
+    if not tasks:
+        return [None] * len(passage.inner)
     metadata: Any = passage.node._input_metadata
     generator = torch.Generator().manual_seed(0)
     noise = [
@@ -584,7 +584,7 @@ def probed(passage: Passage) -> Sequence[Flow]:
     number: list[Any] = [0] * count
     anyone: list[Any] = [None] * count
     several = [False] * count
-    for bit in range((len(tasks) - 1).bit_length()):
+    for bit in range(max((len(tasks) - 1).bit_length(), 1)):
         sides = []
         for side in (0, 1):
             chosen = [task for i, task in enumerate(tasks) if (i >> bit) & 1 == side]
