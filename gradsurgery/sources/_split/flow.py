@@ -575,9 +575,7 @@ def probed(passage: Passage) -> Sequence[Flow]:
     metadata: Any = passage.node._input_metadata
     generator = torch.Generator().manual_seed(0)
     noise = [
-        None
-        if labels is None
-        else (torch.rand(tuple(meta.shape), generator=generator, dtype=torch.float64) + 0.5).to(meta.device, meta.dtype)
+        None if labels is None else _noise(tuple(meta.shape), meta.dtype, generator).to(meta.device)
         for labels, meta in zip(passage.labels, metadata, strict=True)
     ]
     count = len(passage.inner)
@@ -610,6 +608,12 @@ def probed(passage: Passage) -> Sequence[Flow]:
             found = np.where(anyone[i], np.asarray(tasks, np.int32)[np.minimum(number[i], len(tasks) - 1)], NOBODY)
             result.append(compact(found.astype(np.int32)))
     return result
+
+
+def _noise(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Random numbers that are not near zero, in both parts if they are complex."""
+    parts = torch.rand((2, *shape), generator=generator, dtype=torch.float64) + 0.5
+    return (torch.complex(*parts) if dtype.is_complex else parts[0]).to(dtype)
 
 
 def _reached(gradient: Tensor) -> Any:
