@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from gradsurgery._arena import Arena
 from gradsurgery.sources._split.cuts import CUTS, Wanted, cut, general
-from gradsurgery.sources._split.flow import ELEMENTWISE, RULES, Interaction, Passage, present, probed
+from gradsurgery.sources._split.flow import ELEMENTWISE, RULES, Interaction
 from gradsurgery.sources._split.labels import (
     NOBODY,
     SHARED,
@@ -30,7 +30,8 @@ from gradsurgery.sources._split.labels import (
     reshaped,
     scattered,
 )
-from gradsurgery.sources._split.source import kind
+from gradsurgery.sources._split.passage import Passage, kind
+from gradsurgery.sources._split.probe import present, probed
 
 quick = settings(deadline=None, max_examples=80)
 

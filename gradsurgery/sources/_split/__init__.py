@@ -3,8 +3,8 @@
 The gradient of a weight is a sum over the batch. One backward pass therefore knows every task's share of it, wherever it is
 known to which task an element of a gradient belongs:
 
-1. ``flow`` follows the autograd graph from the losses, whose tasks are given, and finds out to which task the elements of
-   each intermediate gradient belong (``labels``).
+1. ``route`` follows the autograd graph from the losses, whose tasks are given, and finds out to which task the elements of
+   each intermediate gradient belong (``labels``): ``flow`` knows what most operations do to them, ``probe`` tries out others.
 2. Where a node sums over tasks (a weight, a scale, a learned position), ``cuts`` computes one sum per task, before the
    engine executes the node: for most kinds of nodes at no more arithmetic than the whole sum, and for all others by
    sending each task's gradients through the node alone.

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from .flow import ELEMENTWISE, Passage, call, masked, present, signed
+from .flow import ELEMENTWISE
 from .labels import Labels, Segments, Shape, across, full, others
+from .passage import Passage, signed
+from .probe import call, masked, present
 
 New: TypeAlias = Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor]
 
