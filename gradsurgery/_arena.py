@@ -2,7 +2,7 @@
 
 On the CPU, fresh memory costs the system more time than a gradient costs arithmetic. Where rows are freed during the
 backward pass, the next ones take their place; and the system is asked for pages of 2 MiB, of which it makes fewer. Between
-steps the pages belong to the system.
+steps all but a part of the pages belong to the system.
 """
 
 from __future__ import annotations
@@ -22,9 +22,13 @@ class Arena:
     """Tensors that share a piece of memory, as large as was needed at one time so far.
 
     On other devices than the CPU, PyTorch does as much by itself.
+
+    Args:
+        keep: how many bytes at most stay between steps.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keep: int = 0) -> None:
+        self._keep = keep
         self._memory: _Memory | None = None
         self._free: list[tuple[int, int]] = []  # intervals, in order
         self._taken: dict[int, tuple[int, int]] = {}  # by address: an interval, or (-1, size) of what did not fit
@@ -65,12 +69,12 @@ class Arena:
                 self._free.append((start, end))
 
     def reset(self) -> None:
-        """Takes everything back, and lets the system have the pages."""
+        """Takes everything back, and lets the system have the pages that are not kept."""
         self._taken.clear()
         self._live = 0
         if self._memory is not None:
             self._free = [(0, self._memory.size)]
-            if not self._memory.release():
+            if not self._memory.release(self._keep):
                 self._memory, self._free = None, []
 
     def _place(self, size: int) -> int | None:
@@ -96,9 +100,11 @@ class _Memory:
             self.bytes = torch.empty(size, dtype=torch.uint8)
         self.size = size
 
-    def release(self) -> bool:
-        """Gives the pages back to the system, if it makes others when they are touched again."""
+    def release(self, keep: int) -> bool:
+        """Gives pages back to the system, all but the first ``keep`` bytes; False if that would take a new memory."""
         if self._map is None:
-            return False
-        self._map.madvise(mmap.MADV_DONTNEED)
+            return self.size <= keep
+        start = -(-keep // _HUGE) * _HUGE
+        if start < self.size:
+            self._map.madvise(mmap.MADV_DONTNEED, start, self.size - start)
         return True

@@ -14,6 +14,7 @@ from ._groups import Groups, GroupSpec, partition, some
 from ._plan import Plan, Reach
 
 _MOST_PLANS = 256
+_KEPT = 4  # gradients: what their memory is between steps, at most
 
 
 class TaskGradients:
@@ -39,7 +40,7 @@ class TaskGradients:
         named = parameter_names(optimizer, model)
         self.names = list(named)
         self.parameters = list(named.values())
-        self.arena = Arena()
+        self.arena = Arena(keep=_KEPT * sum(p.numel() * p.element_size() for p in self.parameters))
         self.rows = [Rows(self.arena) for _ in named]
         self.groups: Groups = partition(spec, named, model)
         self.device = self.parameters[0].device

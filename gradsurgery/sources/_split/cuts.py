@@ -126,11 +126,6 @@ def summed(values: Tensor, labels: Labels, shape: Shape) -> tuple[list[int], Ten
 
 def _row_sums(rows: Tensor, found: Segments) -> Tensor:
     """``[N, D]`` → ``[k, D]``."""
-    count = len(found.tasks)
-    if rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.float64):
-        # The gradient of a table of k rows that are looked up: nothing sums rows faster, and they need not be in order.
-        sums: Tensor = torch.ops.aten.embedding_dense_backward(rows, found.rank, count + 1, count, False)
-        return sums[:count]
     rows = found.sort(rows)
     if found.even:
         return rows.view(len(found.tasks), found.sizes[0], rows.shape[1]).sum(1)

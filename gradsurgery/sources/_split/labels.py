@@ -178,14 +178,7 @@ class Segments:
         self.sizes: list[int] = sizes.tolist()
         in_order = not nobody and bool((order == np.arange(len(order))).all())
         self.order: NDArray[np.int64] | None = None if in_order else order
-        self._labels = labels
         self._on: dict[torch.device, Tensor] = {}
-
-    @cached_property
-    def rank(self) -> Tensor:
-        """For each position the number of its task among those that are there, ``[N]``; ``len(tasks)`` for nobody's."""
-        found = np.searchsorted(self.tasks, self._labels)
-        return torch.from_numpy(np.where(self._labels == NOBODY, len(self.tasks), found))
 
     @cached_property
     def even(self) -> bool:
