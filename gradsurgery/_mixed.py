@@ -108,7 +108,7 @@ def _indices(task_ids: TaskIds, tasks: Sequence[str]) -> Sequence[int]:
         found: list[int] = task_ids.tolist()
         return found
     if isinstance(task_ids, np.ndarray):
-        return _indices(torch.from_numpy(task_ids), tasks)
+        return _indices(task_ids.tolist() if task_ids.dtype.kind == "U" else torch.from_numpy(task_ids), tasks)
     if isinstance(task_ids, str) or not isinstance(task_ids, Sequence):
         raise TypeError(f"`task_ids` must be a tensor of indices or a list of names. Found {type(task_ids).__name__}.")
     index = {name: k for k, name in enumerate(tasks)}
@@ -118,8 +118,8 @@ def _indices(task_ids: TaskIds, tasks: Sequence[str]) -> Sequence[int]:
             if task not in index:
                 raise ValueError(f"Unknown task {task!r} in `task_ids`: the tasks are {list(tasks)}.")
             result.append(index[task])
-        elif isinstance(task, int) and not isinstance(task, bool):
-            result.append(task)
+        elif isinstance(task, (int, np.integer)) and not isinstance(task, bool):
+            result.append(int(task))
         else:
             raise TypeError(f"`task_ids` must be indices or names of tasks. Found {task!r}.")
     return result

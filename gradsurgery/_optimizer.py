@@ -243,7 +243,8 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         Note:
             The losses of a sample must depend on no other task's samples: batch normalisation in training mode, for one,
             is an error that says so. Nothing of the forward pass is changed. Operations on parameters that have no fast
-            way of their own are repeated for each task, in the backward pass.
+            way of their own are repeated for each task, in the backward pass; there, nan in one task's samples may reach
+            the gradients of others, and ``nonfinite`` name them too.
         """
         surgery = self._surgery
         if surgery.tasks is None:

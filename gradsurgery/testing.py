@@ -105,14 +105,12 @@ def check_split(
             [losses], parameters, [mixed.seeds(losses, only)], retain_graph=True, allow_unused=True
         )
         pairs = [(_dense(own.of.get(task)), _dense(gradient)) for own, gradient in zip(rows, expected, strict=True)]
-        norms = [0.0 if gradient is None else float(gradient.norm()) for _, gradient in pairs]
+        norms = [0.0 if gradient is None else float(gradient[gradient.isfinite()].norm()) for _, gradient in pairs]
         least = torch.tensor(norms, dtype=torch.float64).norm().item() / 1000
         for name, norm, (found, gradient) in zip(named, norms, pairs, strict=True):
-            if found is not None:
-                gradient = -found if gradient is None else gradient - found
-            error = 0.0 if gradient is None else float(gradient.norm())
+            error = _distance(found, gradient)
             scale = max(norm, least)
-            relative = error / scale if scale else math.inf if error else 0.0
+            relative = error / scale if scale and error < math.inf else error
             errors[name] = max(errors[name], relative)
     report = SplitReport(errors, 10 * single.precision**0.75 if tolerance is None else tolerance)
     if report.wrong:
@@ -141,6 +139,19 @@ def _random_function(output: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(output.shape, generator=generator, dtype=torch.float64)
     return output * weights.to(output.device, output.real.dtype)
+
+
+def _distance(found: Tensor | None, expected: Tensor | None) -> float:
+    """Norm of the difference, None being zero; infinite where only one of them is finite."""
+    if found is None or expected is None:
+        found = expected if found is None else found
+        expected = None if found is None else torch.zeros_like(found)
+    if found is None or expected is None:
+        return 0.0
+    finite = expected.isfinite()
+    if not torch.equal(finite, found.isfinite()):
+        return math.inf
+    return float((found - expected)[finite].norm())
 
 
 def _dense(gradient: Tensor | None) -> Tensor | None:

@@ -463,8 +463,14 @@ OPERATIONS = {
     ],
     "Mm": [Case(torch.mm, (3, 2), (2, 4))],
     "Bmm": [Case(torch.bmm, (3, 2, 2), (3, 2, 4))],
-    "Addmm": [Case(torch.addmm, s, (3, 2), (2, 4)) for s in [(4,), (3, 1), (3, 4), ()]],
-    "Baddbmm": [Case(torch.baddbmm, s, (3, 2, 2), (3, 2, 4)) for s in [(3, 1, 4), (2, 1)]],
+    "Addmm": [
+        *[Case(torch.addmm, s, (3, 2), (2, 4)) for s in [(4,), (3, 1), (3, 4), ()]],
+        Case(lambda b, x, w: torch.addmm(b, x, w, beta=0.5, alpha=3), (4,), (3, 2), (2, 4)),
+    ],
+    "Baddbmm": [
+        *[Case(torch.baddbmm, s, (3, 2, 2), (3, 2, 4)) for s in [(3, 1, 4), (2, 1)]],
+        Case(lambda b, x, w: torch.baddbmm(b, x, w, beta=3, alpha=0.5), (2, 4), (3, 2, 2), (3, 2, 4)),
+    ],
     "ScaledDotProductFlashAttentionForCpu": [
         Case(F.scaled_dot_product_attention, (3, 2, 4, 4), (3, 2, 5, 4), (3, 2, 5, 4))
     ],

@@ -470,6 +470,21 @@ def test_a_part_that_some_tasks_reach():
     assert opt.last.active.tolist() == [[True, True, True], [True, True, False]]
 
 
+def test_computed_weights_of_some_tasks():
+    model = Net(None, first=(4, 3), second=(4, 3))
+    _, opt = made(gs.Sum(), model=model, groups="model")
+    x, low, high = torch.randn(len(IDS), 4), IDS < 2, IDS > 0
+    with opt.split(IDS):
+        out = x.new_zeros(len(IDS), 3).index_put((low,), x[low] @ model.first.exp())
+        out = out + x.new_zeros(len(IDS), 3).index_put((high,), x[high] @ model.second.exp())
+        losses = out.square().mean(1)
+    expected = torch.autograd.grad(sum(by_task(losses, IDS).values()), list(model.parameters()), retain_graph=True)
+    opt.backward(losses)
+    check_close(gradients(opt), expected)
+    assert opt.last.groups == ("model", "model [1, 2]")
+    assert opt.last.active.tolist() == [[True, True, False], [False, True, True]]
+
+
 @pytest.mark.parametrize("frozen", ["0", "2", "5"])
 def test_frozen_parameters(frozen):
     model, opt = made()
@@ -857,6 +872,13 @@ def test_a_wrong_gradient_is_found(wrong, monkeypatch):
     backward(opt, model)
     opt.step()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_wrong_nan_is_found(monkeypatch):
+    model, opt = made()
+    monkeypatch.setattr(cuts, "products", lambda *args: products(*args) * torch.nan)
+    with pytest.raises(RuntimeError, match="not those of a plain backward pass"):
+        backward(opt, model)
 
 
 @pytest.mark.parametrize("wrong", [swapped, scaled])

@@ -88,7 +88,7 @@ class Pass:
         """
         tolerance = 3 * self.precision**0.5
         found = differences(self._rows, weights, plain).tolist()
-        if bad := [p for p, difference in enumerate(found) if not difference <= tolerance and difference == difference]:
+        if bad := [p for p, difference in enumerate(found) if not difference <= tolerance]:
             worst = max(bad, key=found.__getitem__)
             raise RuntimeError(
                 "The gradients of a single pass are not those of a plain backward pass: "

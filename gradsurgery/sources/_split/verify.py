@@ -47,8 +47,10 @@ def differences(rows: Sequence[Rows], weights: Tensor, plain: Sequence[Tensor | 
             scale = torch.maximum(scale, dense.norm().to(scale))
         if total is not None:
             difference = total.norm().to(scale)
+            if expected is not None:  # where that is not finite, nothing can be said
+                difference = torch.where(dense.isfinite().all().to(scale.device), difference, 0.0)
         off.append(difference)
-        scales.append(scale)
+        scales.append(torch.where(scale.isfinite(), scale, 0.0))
     each = torch.stack(scales)
     return torch.stack(off) / torch.maximum(each, each.norm() / 100).clamp_min(torch.finfo(each.dtype).tiny)
 
