@@ -1,21 +1,18 @@
 """Memory for rows that come and go within a step.
 
 On the CPU, fresh memory costs the system more time than a gradient costs arithmetic. Where rows are freed during the
-backward pass, the next ones take their place; and the system is asked for pages of 2 MiB, of which it makes fewer. Between
-steps all but a part of the pages belong to the system.
+backward pass, the next ones take their place. Between steps all but a part of the memory belongs to the system.
 """
 
 from __future__ import annotations
 
 import mmap
-from contextlib import suppress
 from math import prod
 
 import torch
 from torch import Tensor
 
 _ALIGNMENT = 64
-_HUGE = 1 << 21  # bytes of a huge page
 
 
 class Arena:
@@ -90,11 +87,9 @@ class _Memory:
 
     def __init__(self, size: int) -> None:
         self._map: mmap.mmap | None = None
-        if hasattr(mmap, "MADV_HUGEPAGE") and hasattr(mmap, "MADV_DONTNEED"):  # Linux
-            size = -(-size // _HUGE) * _HUGE
+        if hasattr(mmap, "MADV_DONTNEED"):  # on Linux, among others
+            size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
             self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            with suppress(OSError):  # there are none: small ones will do
-                self._map.madvise(mmap.MADV_HUGEPAGE)
             self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         else:
             self.bytes = torch.empty(size, dtype=torch.uint8)
@@ -104,7 +99,7 @@ class _Memory:
         """Gives pages back to the system, all but the first ``keep`` bytes; False if that would take a new memory."""
         if self._map is None:
             return self.size <= keep
-        start = -(-keep // _HUGE) * _HUGE
+        start = -(-keep // mmap.PAGESIZE) * mmap.PAGESIZE
         if start < self.size:
             self._map.madvise(mmap.MADV_DONTNEED, start, self.size - start)
         return True
