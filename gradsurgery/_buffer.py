@@ -5,8 +5,8 @@ a parameter lie next to each other in one block ``[k, ...]`` wherever the tasks 
 step before, and both passes read them where they are. Elsewhere (in a first step, in half precision) the passes gather
 some hundred thousand coordinates at a time. There never is a second copy of the rows.
 
-Rows of an embedding may be sparse: a task has gradients for the indices that it used. Indices that one task alone used take
-part in no inner product with another, so that only the indices that several tasks used are laid out as a block.
+Rows of an embedding may be sparse: a task has gradients for the indices that it used, and only indices that two tasks used
+take part in their inner product. Such rows are never laid out as a block.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class Rows:
         self._inside: set[int] = set()  # the tasks whose row is the block's
         self._owned = False  # whether the block is ours to add to; what autograd returns may be shared
         self._dense = False  # whether the result is to be dense although the rows are sparse
-        self._sparse: Sparse | None = None  # what aligned rows leave out
+        self._sparse: Sparse | None = None  # aligned rows, if they are sparse
         self._products: list[Tensor] | None = None  # inner products that were made when the rows were still warm
 
     @property
     def of(self) -> dict[int, Tensor]:
-        """Task → gradient. Of the parameter's shape, until :meth:`align` may reduce it to the indices in use."""
+        """Task → gradient, of the parameter's shape."""
         if self._of is None:
             assert self._block is not None
             self._of = dict(zip(self._layout, self._block, strict=True))
@@ -120,8 +120,8 @@ class Rows:
     def drop(self, task: int) -> None:
         """Forgets a task's row, as if the task had not reached the parameter."""
         self._products = None
-        if self.of.pop(task, None) is not None and self._sparse is not None:
-            self._sparse.drop(task)
+        if self.of.pop(task, None) is not None:
+            self._sparse = None
         self._inside.discard(task)
 
     def clear(self) -> None:
@@ -134,21 +134,21 @@ class Rows:
         self._dense, self._sparse, self._products = False, None, None
 
     def align(self) -> None:
-        """Brings rows of mixed layout into one form: sparse ones to the dense values of the indices that several use."""
-        if self._of is None:
+        """Brings rows of mixed layout into one form: dense, or all sparse and coalesced."""
+        if self._of is None or self._sparse is not None:
             return
         rows = self._of
         sparse = [row.is_sparse for row in rows.values()]
         if not any(sparse):
             return
-        if not all(sparse):
+        if all(sparse):
+            self._of = {task: row.coalesce() for task, row in rows.items()}
+            self._sparse = Sparse(self._of, self._dense)
+        else:
             self._of = {task: row.to_dense() if row.is_sparse else row for task, row in rows.items()}
-            return
-        self._sparse = Sparse({task: row.coalesce() for task, row in rows.items()}, self._dense)
-        self._of = self._sparse.shared
 
     def chunks(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        """The aligned rows, as real matrices ``[k, n]`` over consecutive coordinates. A complex one counts as two."""
+        """The aligned rows, if dense, as real matrices ``[k, n]`` of consecutive coordinates. Complex ones count twice."""
         whole = len(self._inside) == len(self.tasks) == len(self._layout)
         if self._block is not None and whole and self._block.dtype == dtype:
             yield self._block.reshape(len(self._block), self._block.numel() // len(self._block))
@@ -163,16 +163,20 @@ class Rows:
         self.align()
         if len(self.tasks) > 1 and self._any.device.type == "cpu":
             dtype = torch.float32 if not _is_double(self._any) and _products_are_exact() else torch.float64
-            self._products = [_inner_products(chunk) for chunk in self.chunks(dtype)]
+            self._products = self.products(dtype)
 
     def products(self, dtype: torch.dtype) -> list[Tensor]:
         """Inner products ``[k, k]`` of the aligned rows, by chunks of coordinates."""
         if self._products and self._products[0].dtype == dtype:
             return self._products
+        if self._sparse is not None:
+            return [self._sparse.gram(dtype)]
         return [_inner_products(chunk) for chunk in self.chunks(dtype)]
 
     def combine(self, coefficients: Tensor) -> Tensor:
         """``sum_k c_k row_k``, of the parameter's shape, given the tasks' coefficients ``[k]`` in order."""
+        if self._sparse is not None:
+            return self._sparse.combine(coefficients)
         like = self._block[0] if self._of is None and self._block is not None else self._any
         result = torch.empty_like(like, memory_format=torch.contiguous_format)
         flat = _real(result).view(-1)
@@ -185,17 +189,17 @@ class Rows:
             else:
                 flat[start:end] = torch.mv(chunk.T, coefficients)
             start = end
-        return result if self._sparse is None else self._sparse.restored(result, coefficients)
+        return result
 
     def alone(self) -> Tensor:
         """The row of the only task, as it is, in a tensor of its own."""
         (row,) = self.of.values()
-        return row.clone() if self._sparse is None else self._sparse.restored(row, torch.ones(1, device=row.device))
+        return row.to_dense() if row.is_sparse and self._dense else row.clone()
 
     def finite(self, task: int) -> Tensor:
         """Whether the task's aligned row is finite, a boolean on its device."""
-        finite = self.of[task].isfinite().all()
-        return finite if self._sparse is None else finite & self._sparse.finite(task)
+        row = self.of[task]
+        return (row.values() if row.is_sparse else row).isfinite().all()
 
     @property
     def double(self) -> bool:
@@ -207,72 +211,51 @@ class Rows:
         """Where the rows are."""
         return self._any.device
 
-    @property
-    def outside(self) -> Tensor | None:
-        """What the rows' indices that no other task used add to the squared norms, ``[k]``."""
-        return None if self._sparse is None else self._sparse.squares
-
 
 class Sparse:
-    """Sparse rows, taken apart: the indices that several tasks used, and those that one task alone did.
+    """Sparse rows, as entries: the values that tasks have at their indices.
 
     Args:
         rows: task → coalesced sparse row.
         dense: whether combined rows are to be dense.
-
-    Attributes:
-        shared: task → values at the shared indices, ``[s, ...]``.
     """
 
     def __init__(self, rows: dict[int, Tensor], dense: bool) -> None:
-        tasks = sorted(rows)
-        first = rows[tasks[0]]
-        self._shape, self._dense, self._tasks = first.shape, dense, tasks
-        indices = torch.cat([rows[task].indices() for task in tasks], 1)  # [d, n]
-        values = torch.cat([rows[task].values() for task in tasks])  # [n, ...]
-        counts = torch.tensor([rows[task].values().shape[0] for task in tasks])
-        owner = torch.arange(len(tasks)).repeat_interleave(counts).to(values.device)
-        unique, place, times = torch.unique(indices, dim=1, return_inverse=True, return_counts=True)
-        several = times > 1
-        many = several[place]
-        self._indices = unique[:, several]
-        self._own_indices, self._own_values, self._own = indices[:, ~many], values[~many], owner[~many]
-        count = self._indices.shape[1]
-        block = values.new_zeros((len(tasks), count, *values.shape[1:]))
-        position = several.cumsum(0) - 1
-        block[owner[many], position[place[many]]] = values[many]
-        self.shared = dict(zip(tasks, block, strict=True))
+        own = [rows[task] for task in sorted(rows)]
+        self._shape, self._dense, self._tasks = own[0].shape, dense, len(own)
+        self._indices = torch.cat([row.indices() for row in own], 1)  # [d, n]
+        self._values = torch.cat([row.values() for row in own])  # [n, ...]
+        counts = torch.tensor([row.values().shape[0] for row in own])
+        self._owner = torch.arange(len(own)).repeat_interleave(counts).to(self._values.device)
 
-    @property
-    def squares(self) -> Tensor:
-        """Squared norms of the values at indices of one task alone, by task, ``[k]``."""
-        wide = torch.float64 if _is_double(self._own_values) else torch.float32
-        squares = _real(self._own_values).to(wide).square().flatten(1).sum(1)
-        return squares.new_zeros(len(self._tasks)).index_add(0, self._own, squares)
+    def gram(self, dtype: torch.dtype) -> Tensor:
+        """Inner products ``[k, k]``."""
+        values = (
+            _real(self._values).flatten(1).to(dtype) if self._values.numel() else self._values.new_zeros(0, 1, dtype=dtype)
+        )
+        owner = self._owner[: len(values)]
+        result = values.new_zeros(self._tasks * self._tasks)
+        result.index_add_(0, owner * (self._tasks + 1), values.square().sum(1))
+        # With the entries of an index next to each other, tasks that share it are a few places apart.
+        place = torch.unique(self._indices, dim=1, return_inverse=True)[1][: len(values)]
+        place, order = place.sort(stable=True)
+        owner, values = owner[order], values[order]
+        for apart in range(1, self._tasks):
+            first = (place[apart:] == place[:-apart]).nonzero().squeeze(1)
+            if not len(first):
+                break
+            second = first + apart
+            products = (values[first] * values[second]).sum(1)
+            result.index_add_(0, owner[first] * self._tasks + owner[second], products)
+            result.index_add_(0, owner[second] * self._tasks + owner[first], products)
+        return result.view(self._tasks, self._tasks)
 
-    def drop(self, task: int) -> None:
-        """Forgets a task."""
-        t = self._tasks.index(task)
-        others = self._own != t
-        self._own_indices, self._own_values = self._own_indices[:, others], self._own_values[others]
-        self._own = self._own[others] - (self._own[others] > t).long()
-        self._tasks.remove(task)
-
-    def restored(self, shared: Tensor, coefficients: Tensor) -> Tensor:
-        """The combined gradient, given what the shared indices come to and the tasks' coefficients ``[k]``."""
-        factors = coefficients.index_select(0, self._own).to(self._own_values.dtype)
-        own = self._own_values * factors.reshape(-1, *[1] * (self._own_values.dim() - 1))
-        if self._dense:
-            result = shared.new_zeros(self._shape)
-            result[tuple(self._indices)] = shared
-            result[tuple(self._own_indices)] = own
-            return result
-        indices = torch.cat([self._indices, self._own_indices], 1)
-        return torch.sparse_coo_tensor(indices, torch.cat([shared, own]), self._shape, check_invariants=False).coalesce()
-
-    def finite(self, task: int) -> Tensor:
-        """Whether the task's values at indices of its own are finite."""
-        return self._own_values[self._own == self._tasks.index(task)].isfinite().all()
+    def combine(self, coefficients: Tensor) -> Tensor:
+        """The combined gradient, given the tasks' coefficients ``[k]``."""
+        factors = coefficients.to(self._owner.device).index_select(0, self._owner).to(self._values.dtype)
+        scaled = self._values * factors.reshape(-1, *[1] * (self._values.dim() - 1))
+        combined = torch.sparse_coo_tensor(self._indices, scaled, self._shape, check_invariants=False)
+        return combined.to_dense() if self._dense else combined.coalesce()
 
 
 def gram(parameters: Sequence[Rows]) -> Tensor:
@@ -295,7 +278,6 @@ def gram(parameters: Sequence[Rows]) -> Tensor:
 
 def _gram(parameters: Sequence[Rows], dtype: torch.dtype, device: torch.device) -> Tensor:
     parts = [part.to(device) for rows in parameters for part in rows.products(dtype)]
-    parts += [torch.diag(rows.outside.to(device, dtype)) for rows in parameters if rows.outside is not None]
     if not parts:  # parameters without any element
         return torch.zeros([len(parameters[0].tasks)] * 2, dtype=dtype, device=device)
     result = torch.stack(parts)
