@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 _ALIGNMENT = 64
+_PART = 5 / 8  # a step needs all of it only when activations have been freed that the next one starts with
 
 
 class Arena:
@@ -21,7 +22,7 @@ class Arena:
     On other devices than the CPU, PyTorch does as much by itself.
 
     Args:
-        keep: how many bytes at most stay between steps.
+        keep: how many bytes stay between steps, or else a part of what was needed at one time, whichever is more.
     """
 
     def __init__(self, keep: int = 0) -> None:
@@ -71,7 +72,7 @@ class Arena:
         self._live = 0
         if self._memory is not None:
             self._free = [(0, self._memory.size)]
-            if not self._memory.release(self._keep):
+            if not self._memory.release(max(self._keep, int(_PART * self._wanted))):
                 self._memory, self._free = None, []
 
     def _place(self, size: int) -> int | None:

@@ -14,7 +14,7 @@ from ._groups import Groups, GroupSpec, partition, some
 from ._plan import Plan, Reach
 
 _MOST_PLANS = 256
-_KEPT = 4  # gradients: what their memory is between steps, at most
+_KEPT = 4  # gradients, whose memory rows may keep between steps
 
 
 class TaskGradients:
