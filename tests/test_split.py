@@ -1038,3 +1038,9 @@ def test_check_split_where_all_gradients_should_be_zero(monkeypatch):
     monkeypatch.setattr(cuts, "products", lambda *args: products(*args) + 1)
     with pytest.raises(AssertionError, match=r"wrong for '0.weight'"):
         gs.testing.check_split(network(), torch.randn(8, 4), IDS, loss=lambda out: out * 0)
+
+
+@pytest.mark.parametrize("ids", [[1] * 8, [0, 1] * 4])
+def test_a_parameter_of_the_batch_s_shape_that_is_used_twice(ids):
+    model = Net(lambda m, x: (m.first(x) + m.offset) * 2 + m.offset + m.offset, **linear(), offset=(8, 3))
+    gs.testing.check_split(model, torch.randn(8, 4), ids)

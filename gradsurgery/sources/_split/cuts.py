@@ -103,7 +103,7 @@ def split_labelled(tensor: Tensor, labels: Labels) -> tuple[list[int], Tensor]:
     if not tasks:
         return [], tensor[:0]
     if len(tasks) == 1 and (labels >= 0).all():
-        return tasks, tensor[None]
+        return tasks, tensor[None].clone()  # which may be what the engine goes on with, while blocks are added to
     return tasks, torch.stack([masked(tensor, labels, [task]) for task in tasks])
 
 
@@ -118,7 +118,8 @@ def summed(values: Tensor, labels: Labels, shape: Shape) -> tuple[list[int], Ten
     if alike := [d for d in over if d not in apart]:
         values = values.sum(alike, keepdim=True)
     if not apart:
-        return [int(labels.flat[0])], values.reshape(1, *shape)
+        block = values.reshape(1, *shape)
+        return [int(labels.flat[0])], block if over else block.clone()  # as it is, the engine may go on with it
     found = segments(labels.reshape(-1))
     rows = values.movedim(apart, list(range(len(apart)))).reshape(labels.size, -1)
     return found.tasks, _row_sums(rows, found).reshape(len(found.tasks), *shape)
