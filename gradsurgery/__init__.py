@@ -16,22 +16,45 @@ from ._optimizer import SurgeryOptimizer
 from ._recorder import Recorder
 from ._rule import Rule, State
 from ._step import Step
-from .rules import MGDA, Chain, GradVac, Mean, PCGrad, Sum
+from .rules import (
+    DWA,
+    FAMO,
+    GLS,
+    IMTLL,
+    MGDA,
+    RLW,
+    STCH,
+    Chain,
+    GradVac,
+    Mean,
+    PCGrad,
+    ScaleInvariant,
+    Sum,
+    UncertaintyWeighting,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DWA",
+    "FAMO",
+    "GLS",
+    "IMTLL",
     "MGDA",
+    "RLW",
+    "STCH",
     "Chain",
     "GradVac",
     "Mean",
     "PCGrad",
     "Recorder",
     "Rule",
+    "ScaleInvariant",
     "State",
     "Step",
     "Sum",
     "SurgeryOptimizer",
+    "UncertaintyWeighting",
     "operate",
     "plots",
     "sources",

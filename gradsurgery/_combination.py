@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._gradients import TaskGradients
 from ._plan import Level
-from ._rule import Rule, State
+from ._rule import Rule, State, implements
 from ._state import guarded
 from ._step import Step
 
@@ -24,10 +24,15 @@ class Combination:
         gradients: the rows.
         rule: what operates on them.
         tasks: names of the tasks.
+        losses: of the step, ``[K]``; zero for tasks that are not there.
+        present: ``[K]``, the tasks that are there.
         state: the rule's.
         generator: that the rule draws from.
         scale: of the losses, or None: rules see gradients without it.
         undoable: whether :meth:`undo` may be called. It takes a copy of each ``p.grad`` that is there.
+
+    Attributes:
+        loss_weights: ``[K]``, what the rule weighs the losses with; None if it does not.
     """
 
     def __init__(
@@ -35,6 +40,8 @@ class Combination:
         gradients: TaskGradients,
         rule: Rule,
         tasks: tuple[str, ...],
+        losses: Tensor,
+        present: Tensor,
         state: State,
         generator: torch.Generator,
         scale: Tensor | None,
@@ -45,13 +52,20 @@ class Combination:
         self._rule = rule
         self._tasks = tasks
         self._before = self._state = state
+        self._losses = losses.masked_fill(~present, torch.nan)
         self._generator = generator
+        self._start = generator.get_state()
         self._scale = scale
         self._undoable = undoable
         self._old: dict[int, Tensor | None] = {}
         self._random: list[Tensor] = []  # the generator's state ahead of each level, and after the last
         self._finite: list[Tensor] = []
         self._done: list[tuple[int, Level, Tensor, Tensor]] = []  # depth, level, Gram and mixing matrices
+        self.loss_weights: Tensor | None = None
+        if implements(rule, "weigh"):
+            # Weights multiply rows, not losses: they are those of the whole step, however many backward passes it had.
+            self.loss_weights, self._state = rule.weigh(losses, state, active=present, generator=generator)
+            self._finite.append(losses.isfinite().all())
 
     @torch.no_grad()
     def add(self, parameters: Sequence[int] | None = None) -> None:
@@ -63,14 +77,19 @@ class Combination:
             gram = level.gram(gradients.rows, gradients.dtype)
             if self._scale is not None:
                 gram = gram / self._scale.to(gram) ** 2
+            if self.loss_weights is not None:
+                gram = gram * self.loss_weights[:, None] * self.loss_weights
             mixing = self._mix(depth, gram, None if level.full else level.active)
             self._finite.append(gram.isfinite().all())
             self._done.append((depth, level, gram, mixing))
             coefficients = (mixing * level.active[:, :, None]).sum(-2)
+            if self.loss_weights is not None:
+                coefficients = coefficients * self.loss_weights
             for p, combined in level.combine(gradients.rows, coefficients):
                 self._accumulate(p, combined)
         for p in plan.alone:
-            combined = gradients.rows[p].alone()
+            rows = gradients.rows[p]
+            combined = rows.alone() if self.loss_weights is None else rows.combine(self.loss_weights[rows.tasks[0], None])
             if self._before:
                 values = combined._values() if combined.is_sparse else combined
                 self._finite.append(values.isfinite().all().to(gradients.device))
@@ -94,8 +113,7 @@ class Combination:
                 parameter.grad.copy_(old)
             else:
                 parameter.grad = old
-        if self._random:
-            self._generator.set_state(self._random[0])
+        self._generator.set_state(self._start)
 
     def _mix(self, depth: int, gram: Tensor, active: Tensor | None) -> Tensor:
         if depth < len(self._random):
@@ -114,8 +132,9 @@ class Combination:
         return [p for _, level, _, _ in self._done for cell in level.cells for p in cell.parameters]
 
     @torch.no_grad()
-    def finish(self, losses: Tensor) -> tuple[Step, State]:
-        """The record of what was seen and done, given the tasks' losses ``[K]``; and the rule's new state."""
+    def finish(self) -> tuple[Step, State]:
+        """The record of what was seen and done, and the rule's new state."""
+        losses = self._losses
         if self._random:
             self._generator.set_state(self._random[-1])
         cells = [(depth, cell.group, cell.name) for depth, level, _, _ in self._done for cell in level.cells]
@@ -138,5 +157,6 @@ class Combination:
             gram=gram,
             mixing=mixing,
             losses=losses,
+            loss_weights=self.loss_weights,
         )
         return step, guarded(self._finite, old=self._before, new=self._state)

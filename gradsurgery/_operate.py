@@ -8,23 +8,36 @@ import torch
 from torch import Tensor
 
 from ._buffer import Rows, gram
-from ._rule import Rule, State
+from ._rule import Rule, State, implements
 
 
-@overload
-def operate(jacobian: Tensor, rule: Rule, *, generator: torch.Generator | None = None) -> Tensor: ...
 @overload
 def operate(
-    jacobian: Tensor, rule: Rule, *, state: State, generator: torch.Generator | None = None
+    jacobian: Tensor, rule: Rule, *, losses: Tensor | None = None, generator: torch.Generator | None = None
+) -> Tensor: ...
+@overload
+def operate(
+    jacobian: Tensor,
+    rule: Rule,
+    *,
+    losses: Tensor | None = None,
+    state: State,
+    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, State]: ...
 def operate(
-    jacobian: Tensor, rule: Rule, *, state: State | None = None, generator: torch.Generator | None = None
+    jacobian: Tensor,
+    rule: Rule,
+    *,
+    losses: Tensor | None = None,
+    state: State | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor | tuple[Tensor, State]:
     """Lets a rule operate on per-task gradients.
 
     Args:
         jacobian: ``[K, D]``, one task's gradient per row.
         rule: the rule.
+        losses: ``[K]``, the tasks' losses, which rules that weigh them need.
         state: what the rule remembers. Without it the rule starts afresh; with it, the new state is returned too. The first
             is ``{}``; a stateful rule then makes its own for tasks ``"0"``, ``"1"``, … and one surgery group.
         generator: for random rules; None draws from PyTorch's global generator.
@@ -34,7 +47,8 @@ def operate(
 
     Raises:
         TypeError: if ``jacobian`` is no floating-point or complex tensor.
-        ValueError: if it has another number of dimensions, or no row.
+        ValueError: if it has another number of dimensions, or no row; and if there is not one loss per task for a rule that
+            weighs losses.
 
     Example:
         >>> import torch, gradsurgery as gs
@@ -52,11 +66,19 @@ def operate(
         raise TypeError(f"`jacobian` must be a floating-point tensor. Found {found}.")
     if jacobian.dim() != 2 or not len(jacobian):
         raise ValueError(f"`jacobian` must be [K, D] with K >= 1 tasks. Found shape {tuple(jacobian.shape)}.")
+    weighs = implements(rule, "weigh")
+    if weighs and (losses is None or losses.shape != jacobian.shape[:1]):
+        given = "none" if losses is None else f"shape {tuple(losses.shape)}"
+        raise ValueError(f"{rule} weighs losses: pass `losses`, one for each of the {len(jacobian)} tasks. Found {given}.")
     rows = Rows()
     with torch.no_grad():
         rows.add_block(range(len(jacobian)), jacobian.detach())
         matrix = gram([rows])[None]
         new = state or rule.init([str(k) for k in range(len(jacobian))], ["all"], device=matrix.device, dtype=matrix.dtype)
+        weights = matrix.new_ones(len(jacobian))
+        if weighs and losses is not None:
+            weights, new = rule.weigh(losses.detach().to(weights), new, generator=generator)
+            matrix = matrix * weights[:, None] * weights
         mixing, new = rule.mix(matrix, new, generator=generator)
-        combined = rows.combine(mixing[0].sum(0))
+        combined = rows.combine(mixing[0].sum(0) * weights)
     return combined if state is None else (combined, new)

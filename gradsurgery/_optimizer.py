@@ -62,9 +62,9 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             gradients are complete, so that no more than a few groups' rows are in memory at a time. None: where it can;
             see :attr:`streaming`. The first step, which shows how many backward passes a step has, never streams.
         every: surgery at each ``every``-th step. In the steps between, the mixing that it found is reused by a single
-            backward pass of weighted losses, with no rows, no Gram matrix and no call of the rule: :attr:`last` and the
-            rule's state stay as they are. Exact for one surgery group. With several, whose weights differ, one set of
-            weights serves all: the one whose combined gradient was nearest to theirs.
+            backward pass of weighted losses, with no rows, no Gram matrix and no call of the rule: :attr:`last`, the
+            rule's weights of losses and its state stay as they are. Exact for one surgery group. With several, whose
+            weights differ, one set of weights serves all: the one whose combined gradient was nearest to theirs.
 
     Attributes:
         optimizer: the optimizer inside.

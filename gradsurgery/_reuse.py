@@ -22,31 +22,35 @@ class Reuse:
 
     Attributes:
         steps: how many steps there have been.
-        weights: of the tasks' losses in between, ``[K]``; None before the first surgery.
-        shared: names of the parameters that they are for. The others belong to one task, and keep its gradient as it is.
+        weights: of the tasks' losses in between, ``[K]``, for shared parameters.
+        own: the weights for parameters of one task alone, ``[K]``: the rule's weights of losses.
+        shared: names of the shared parameters.
     """
 
     def __init__(self, every: int) -> None:
         self.every = every
         self.steps = 0
-        self.weights: Tensor | None = None
+        self.weights = self.own = torch.empty(0)
         self.shared: frozenset[str] = frozenset()
 
     @property
     def rests(self) -> bool:
         """Whether the step that comes reuses the last mixing."""
-        return self.weights is not None and self.steps % self.every != 0
+        return len(self.weights) > 0 and self.steps % self.every != 0
 
     def learn(self, step: Step, gradients: TaskGradients, shared: Sequence[int]) -> None:
         """Takes over the weights that a step with surgery found."""
         if self.every > 1:
             self.weights = nearest_weights(step)
+            self.own = torch.ones_like(self.weights)
+            if step.loss_weights is not None:
+                self.own, self.weights = step.loss_weights, self.weights * step.loss_weights
             self.shared = frozenset(gradients.names[p] for p in shared)
 
     def gradients(
         self,
         outputs: Sequence[Any],
-        seeds: Sequence[Tensor],
+        own: Sequence[Tensor],
         weighted: Sequence[Tensor],
         gradients: TaskGradients,
         retain_graph: bool,
@@ -54,8 +58,8 @@ class Reuse:
         """Adds to ``p.grad``: with the weighted seeds for shared parameters, with the others for those of one task."""
         trained = [p for p, parameter in enumerate(gradients.parameters) if parameter.requires_grad]
         shared = [p for p in trained if gradients.names[p] in self.shared]
-        own = [p for p in trained if gradients.names[p] not in self.shared]
-        for chosen, starts, keep in ((own, seeds, bool(shared) or retain_graph), (shared, weighted, retain_graph)):
+        alone = [p for p in trained if gradients.names[p] not in self.shared]
+        for chosen, starts, keep in ((alone, own, bool(shared) or retain_graph), (shared, weighted, retain_graph)):
             if chosen:
                 parameters = [gradients.parameters[p] for p in chosen]
                 found = torch.autograd.grad(outputs, parameters, starts, retain_graph=keep, allow_unused=True)
@@ -65,13 +69,14 @@ class Reuse:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"steps": self.steps, "weights": self.weights, "shared": sorted(self.shared)}
+        return {"steps": self.steps, "weights": self.weights, "own": self.own, "shared": sorted(self.shared)}
 
     def load_state_dict(self, state: dict[str, Any], gradients: TaskGradients) -> None:
         """Continues from a checkpoint; afresh from one that has nothing of it."""
-        weights = state.get("weights")
         self.steps = state.get("steps", 0)
-        self.weights = None if weights is None else weights.to(gradients.device, gradients.dtype)
+        saved = state.get("weights")
+        self.weights = (torch.empty(0) if saved is None else saved).to(gradients.device, gradients.dtype)
+        self.own = state.get("own", torch.ones_like(self.weights)).to(self.weights)
         self.shared = frozenset(state.get("shared", ()))
 
 

@@ -51,6 +51,7 @@ class Rule:
     """
 
     separable: ClassVar[bool] = True
+    random: ClassVar[bool] = False
 
     def init(
         self,
@@ -73,13 +74,21 @@ class Rule:
         """
         return {}
 
-    def weigh(self, losses: Tensor, state: State, *, active: Tensor | None = None) -> tuple[Tensor, State]:
-        """Before the backward pass: returns detached weights ``[K]`` for the losses.
+    def weigh(
+        self, losses: Tensor, state: State, *, active: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, State]:
+        """Once the losses are there: returns detached weights ``[K]`` for them, and the new state.
+
+        Called once in each step, ahead of :meth:`mix`, which sees the gradients of the weighted losses.
 
         Args:
-            losses: detached losses ``[K]``; an absent task's entry is zero.
+            losses: detached losses ``[K]``, summed over the step's backward passes; an absent task's entry is zero.
             state: the rule's state.
             active: ``[K]``, which tasks this step holds; None means all.
+            generator: the only source of randomness, on the device of ``losses``.
+
+        Returns:
+            The weights, 1 for absent tasks, and the new state.
         """
         return torch.ones_like(losses), state
 

@@ -20,9 +20,11 @@ class Step:
         groups: names of the ``C`` cells. The widest cell of a group has the group's name; a narrower one names its tasks,
             ``"decoder [de, fr]"``.
         active: ``[C, K]``, which tasks reached the cell.
-        gram: ``[C, K, K]``, inner products of the tasks' gradients; zero for tasks that are not active.
+        gram: ``[C, K, K]``, inner products of the gradients of the tasks' weighted losses; zero for tasks that are not
+            active.
         mixing: ``[C, K, K]``, the rule's answer: ``g'_i = sum_j mixing[c, i, j] g_j``.
         losses: ``[K]``, detached, summed over accumulated passes; nan for an absent task.
+        loss_weights: ``[K]``, what the rule weighed the losses with; None if it weighs none.
     """
 
     tasks: tuple[str, ...]
@@ -31,6 +33,7 @@ class Step:
     gram: Tensor
     mixing: Tensor
     losses: Tensor
+    loss_weights: Tensor | None = None
 
     @property
     def norms(self) -> Tensor:
@@ -62,7 +65,9 @@ class Step:
 
     @property
     def weights(self) -> Tensor:
-        """``[C, K]``, how much of each task's gradient is in the combined one: the column sums of the mixing matrix."""
+        """``[C, K]``, how much of each task's gradient is in the combined one: the column sums of the mixing matrix.
+
+        The gradient of the weighted loss, that is, where the rule weighs losses."""
         return (self.mixing * self.active[:, :, None]).sum(-2).masked_fill(~self.active, torch.nan)
 
     def named_pairs(self, mask: Tensor) -> list[tuple[str, str, str]]:

@@ -107,6 +107,7 @@ class Surgery:
         self._scale: Tensor | None = None  # of the losses, by a GradScaler
         self._rested = False  # this step reuses a mixing: its gradients are in p.grad already
         self._streamed = False  # this step's surgery is done already
+        self._sits_out: tuple[int, ...] = ()  # tasks of this step whose gradients are not finite
 
     @property
     def due(self) -> bool:
@@ -186,17 +187,13 @@ class Surgery:
             Root(index[loss.name], loss.name, loss.output, factors[index[loss.name]].to(loss.value).expand(loss.shape))
             for loss in found
         ]
-        if self.reuse.weights is not None and self._rested:
-            weights = self.reuse.weights
-            weighted = [root.gradient * weights[root.task].to(root.gradient) for root in roots]
+        if self._rested:
+            own, shared = (
+                [root.gradient * weights[root.task].to(root.gradient) for root in roots]
+                for weights in (self.reuse.own, self.reuse.weights)
+            )
             with _partial():
-                self.reuse.gradients(
-                    [root.output for root in roots],
-                    [root.gradient for root in roots],
-                    weighted,
-                    self.gradients,
-                    retain_graph,
-                )
+                self.reuse.gradients([root.output for root in roots], own, shared, self.gradients, retain_graph)
             return
         with _partial():
             self.source(roots, parameters, rows, retain_graph=retain_graph)
@@ -207,12 +204,12 @@ class Surgery:
         verify = self._verify and not self.due
         factors, parameters, rows = self._begin(batch.values(losses, self._per_task), batch.present, scaler)
         names = [n for n, p in zip(self.gradients.names, self.gradients.parameters, strict=True) if p.requires_grad]
-        seeds = batch.seeds(losses, factors)
-        if self.reuse.weights is not None and self._rested:
-            weighted = batch.seeds(losses, factors * self.reuse.weights)
+        if self._rested:
+            own, shared = ([batch.seeds(losses, factors * w)] for w in (self.reuse.own, self.reuse.weights))
             with _partial():
-                self.reuse.gradients([losses], [seeds], [weighted], self.gradients, retain_graph)
+                self.reuse.gradients([losses], own, shared, self.gradients, retain_graph)
             return
+        seeds = batch.seeds(losses, factors)
         stream = bool(self.streaming) and not verify and self._usual_passes == len(self.passes) > 0
         with _partial(), _donated_buffers_explained():
             new = self.gradients.arena.take if stream else None
@@ -254,8 +251,6 @@ class Surgery:
         tasks = list(tasks)
         present = torch.zeros_like(values, dtype=torch.bool).index_fill(0, self._index(tuple(tasks)), True)
         factors = torch.ones_like(values)
-        if implements(self.rule, "weigh"):
-            factors, self.state = self.rule.weigh(values, self.state, active=present)
         gradients = self.gradients
         if scaler is not None:
             self._scale = scaler.scale(torch.ones((), device=gradients.device))
@@ -287,14 +282,26 @@ class Surgery:
 
     def _combination(self, *, undoable: bool = False) -> Combination:
         assert self.tasks is not None
+        losses, present = (torch.stack(values) for values in zip(*self.passes, strict=True))
+        there = present.any(0)
+        if self._sits_out:
+            there = there.index_fill(0, self._index(self._sits_out), False)
+        losses = torch.where(there, losses.sum(0), 0.0)
         return Combination(
-            self.gradients, self.rule, self.tasks, self.state, self.generator, self._scale, undoable=undoable
+            self.gradients,
+            self.rule,
+            self.tasks,
+            losses,
+            there,
+            self.state,
+            self.generator,
+            self._scale,
+            undoable=undoable,
         )
 
     def _finish(self, combination: Combination) -> None:
         self._usual_passes = max(self._usual_passes, len(self.passes))
-        losses, present = (torch.stack(values) for values in zip(*self.passes, strict=True))
-        self.last, self.state = combination.finish(losses.sum(0).masked_fill(~present.any(0), torch.nan))
+        self.last, self.state = combination.finish()
         self.reuse.learn(self.last, self.gradients, combination.shared)
         self.reuse.steps += 1
         self.forget()
@@ -320,7 +327,9 @@ class Surgery:
                 f"The gradient of task {tasks[task]!r} for parameter {name!r} holds inf or nan"
                 + (f", and so do {len(bad) - 1} more." if len(bad) > 1 else ".")
             )
-        for task, name in dict(reversed(bad)).items():
+        worst = dict(reversed(bad))
+        self._sits_out = tuple(worst)
+        for task, name in worst.items():
             self.gradients.drop(task)
             self.skipped[tasks[task]] = self.skipped.get(tasks[task], 0) + 1
             _log.warning(

@@ -562,7 +562,7 @@ class ByLoss(gs.Rule):
     def init(self, tasks, groups, *, device=None, dtype=torch.float64):
         return {"losses": torch.zeros(len(tasks), dtype=dtype, device=device)}
 
-    def weigh(self, losses, state, *, active=None):
+    def weigh(self, losses, state, *, active=None, generator=None):
         return losses + 1, {"losses": losses, "active": active}
 
 
@@ -572,6 +572,7 @@ def test_a_rule_that_weighs():
     own = by_task(losses, IDS)
     expected = torch.autograd.grad(sum((loss.detach() + 1) * loss for loss in own.values()), list(model.parameters()))
     backward(opt, model)
+    opt.combine()
     check_close([opt.rule_state["losses"]], [torch.stack([*own.values(), torch.zeros(())]).detach()])
     assert opt.rule_state["active"].tolist() == [True, True, True, False]
     check_close(gradients(opt), expected)

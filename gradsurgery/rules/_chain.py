@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class Chain(Rule):
     r"""Applies rules in order; each sees the gradients as the one before it left them.
 
-    ``M = M_n ... M_2 M_1``, and rule ``r + 1`` gets the Gram matrix ``M_r G M_r^T``. Weights of losses multiply.
+    ``M = M_n ... M_2 M_1``, and rule ``r + 1`` gets the Gram matrix ``M_r G M_r^T``. Weights of losses multiply, and each
+    rule weighs the losses as the ones before it weighted them; all weigh before any mixes.
 
     Args:
         rules: at least one rule. Chains inside a chain are flattened.
@@ -62,10 +63,12 @@ class Chain(Rule):
     ) -> State:
         return {str(i): rule.init(tasks, groups, device=device, dtype=dtype) for i, rule in enumerate(self.rules)}
 
-    def weigh(self, losses: Tensor, state: State, *, active: Tensor | None = None) -> tuple[Tensor, State]:
+    def weigh(
+        self, losses: Tensor, state: State, *, active: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, State]:
         weights, new = torch.ones_like(losses), dict(state)
         for i, rule in enumerate(self.rules):
-            factor, new[str(i)] = rule.weigh(losses * weights, state[str(i)], active=active)
+            factor, new[str(i)] = rule.weigh(losses * weights, state[str(i)], active=active, generator=generator)
             weights = weights * factor
         return weights, new
 
