@@ -290,7 +290,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
     def joint_loss(
         self, losses: Losses, *, scaler: torch.amp.GradScaler | None = None, combine: bool = False
     ) -> torch.Tensor:
-        """One loss for all tasks, for a loop that calls ``loss.backward()`` itself: that then does what :meth:`backward` does.
+        """One loss for all tasks, for a loop that calls ``loss.backward()`` itself: it does what :meth:`backward` does.
 
         Whatever the loop multiplies the loss with before (one over the number of accumulated passes, a scaler's scale), the
         tasks' gradients are multiplied with. Further terms that are added to it reach ``p.grad`` past the rule.

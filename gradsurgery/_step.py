@@ -77,7 +77,7 @@ class Step:
         return [(self.groups[c], self.tasks[i], self.tasks[j]) for c, i, j in mask.nonzero().tolist()]
 
     def figures(self) -> dict[str, float]:
-        """What to log of a step: the loss of each task, and for each cell the mean cosine, the share of pairs in conflict, and
+        """What to log: the loss of each task; and for each cell the mean cosine, the share of pairs in conflict, and
         the share operated on; without what is not there. Waits for the device.
 
         Example:
