@@ -287,6 +287,38 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         """
         self._surgery.backward(losses, scaler, retain_graph)
 
+    def joint_loss(
+        self, losses: Losses, *, scaler: torch.amp.GradScaler | None = None, combine: bool = False
+    ) -> torch.Tensor:
+        """One loss for all tasks, for a loop that calls ``loss.backward()`` itself: it does what :meth:`backward` does.
+
+        Whatever the loop multiplies the loss with before (one over the number of accumulated passes, a scaler's scale), the
+        tasks' gradients are multiplied with. Further terms that are added to it reach ``p.grad`` past the rule.
+
+        Args:
+            losses: as for :meth:`backward`, after :meth:`split` too. Every forward pass has one joint loss.
+            scaler: the ``GradScaler`` that will scale the loss, if any: rules see the gradients without its scale.
+            combine: whether the backward pass ends with :meth:`combine`, for a loop that leaves no place for it. No more
+                gradients may then come before the step.
+
+        Returns:
+            The sum of the tasks' losses, without their graphs.
+
+        Raises:
+            ValueError: as :meth:`backward`, now or in the backward pass.
+            RuntimeError: in the backward pass, if it is the second, or if the step's gradients were combined before.
+
+        Example:
+            >>> import torch, gradsurgery as gs
+            >>> model = torch.nn.Linear(2, 1)
+            >>> opt = gs.SurgeryOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), gs.PCGrad(), model=model)
+            >>> x = torch.randn(8, 2)
+            >>> loss = opt.joint_loss({"up": -model(x).mean(), "down": model(x).square().mean()})
+            >>> (loss / 4).backward()
+            >>> opt.step()
+        """
+        return self._surgery.joint_loss(losses, scaler, combine)
+
     def combine(self) -> None:
         """Lets the rule operate on the rows, adds the result to ``p.grad``, and frees the rows.
 
@@ -345,6 +377,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         of tasks and groups. Gradients are not in it: save after a step."""
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
+        self._surgery.settle()
         state = self.optimizer.state_dict()
         state["surgery"] = {
             **self._identity(),
@@ -369,6 +402,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else dict(replaced)
         saved, surgery = state_dict.pop("surgery", None), self._surgery
+        surgery.settle()
         if saved is None:
             raise ValueError(
                 "This is the checkpoint of a plain optimizer: it has no entry 'surgery'. To start surgery from it, load it "

@@ -13,10 +13,12 @@ from torch import Tensor
 from ._buffer import Rows
 from ._combination import Combination
 from ._gradients import TaskGradients
+from ._joint import joint_loss
 from ._losses import Losses, read_losses, task_names
 from ._mixed import MixedBatch
 from ._reuse import Reuse
 from ._rule import Rule, State, implements
+from ._state import loaded
 from ._step import Step
 from ._stream import Stream, Streaming
 from .sources import Root, Source
@@ -89,6 +91,7 @@ class Surgery:
         self.nonfinite = nonfinite
         self.tasks: tuple[str, ...] | None = None
         self.state: State = {}
+        self._seed = seed
         self.generator = torch.Generator(gradients.device).manual_seed(seed)
         self.last: Step | None = None
         self.skipped: dict[str, int] = {}
@@ -106,8 +109,8 @@ class Surgery:
         self.split: MixedBatch | None = None
         self._scale: Tensor | None = None  # of the losses, by a GradScaler
         self._rested = False  # this step reuses a mixing: its gradients are in p.grad already
-        self._streamed = False  # this step's surgery is done already
         self._sits_out: tuple[int, ...] = ()  # tasks of this step whose gradients are not finite
+        self._done = ""  # how, if this step's surgery is done already
 
     @property
     def due(self) -> bool:
@@ -133,6 +136,22 @@ class Surgery:
         gradients = self.gradients
         return self.rule.init(tasks, tuple(gradients.groups), device=gradients.device, dtype=gradients.dtype)
 
+    def settle(self) -> None:
+        """Follows the parameters to another device, if the model was moved after its optimizer was made.
+
+        The generator starts afresh there: those of different devices share no state.
+        """
+        gradients = self.gradients
+        if gradients.parameters[0].device == gradients.device:
+            return
+        gradients.locate()
+        self.forget()
+        self.generator = torch.Generator(gradients.device).manual_seed(self._seed)
+        self._indices.clear()
+        if self.tasks is not None:
+            self.state = loaded(self.state, self.fresh_state(self.tasks))
+        self.reuse.load_state_dict(self.reuse.state_dict(), gradients)
+
     def why_not_streaming(self) -> str:
         """The reason; empty if surgery can happen inside the backward pass."""
         if self._stream is False:
@@ -151,27 +170,57 @@ class Surgery:
         why = self.why_not_streaming()
         return Streaming(not why, why)
 
+    def joint_loss(self, losses: Losses, scaler: torch.amp.GradScaler | None, combine: bool) -> Tensor:
+        """As :meth:`SurgeryOptimizer.joint_loss`."""
+        self.settle()
+        batch, self.split = self.split, None
+        if batch is not None:
+            checked = batch.check(losses)
+            value = batch.values(checked, self._per_task).sum().to(checked.dtype)
+        else:
+            value = torch.stack([loss.value.detach().reshape(()) for loss in read_losses(losses, self.tasks)]).sum()
+        if value.dtype.itemsize < 4:
+            value = value.float()  # whose gradient may be a scaler's scale, too large for half precision
+
+        def run(seed: Tensor) -> None:
+            self._add(losses, batch, scaler, seed=seed)
+            if combine:
+                self.combine()
+                self._done = "combined by the joint loss"
+
+        return joint_loss(value, run)
+
     def backward(self, losses: Losses, scaler: torch.amp.GradScaler | None, retain_graph: bool) -> None:
         """As :meth:`SurgeryOptimizer.backward`."""
-        if self._streamed:
-            raise RuntimeError(
-                f"backward() once more in a step that had {self._usual_passes} of them at most so far: this step's surgery "
-                "has been streamed, and cannot take in more gradients. Make the optimizer with stream=False, or call "
-                "step() first."
-            )
+        self.settle()
+        batch, self.split = self.split, None
+        self._add(losses, batch, scaler, retain_graph=retain_graph)
+
+    def _add(
+        self,
+        losses: Losses,
+        batch: MixedBatch | None,
+        scaler: torch.amp.GradScaler | None,
+        *,
+        seed: Tensor | None = None,
+        retain_graph: bool = False,
+    ) -> None:
+        """Adds each task's gradients to its rows: those of the losses, times ``scaler``'s scale; or times ``seed``."""
+        self._check_open()
         before = self.tasks, self.state
         try:
-            if self.split is not None:
-                batch, self.split = self.split, None
-                self._backward_mixed(batch.check(losses), batch, scaler, retain_graph)
+            if batch is not None:
+                self._backward_mixed(batch.check(losses), batch, scaler, seed, retain_graph)
             else:
-                self._backward_tasks(losses, scaler, retain_graph)
+                self._backward_tasks(losses, scaler, seed, retain_graph)
         except _Partial as partial:
             self.forget()
             self.tasks, self.state = before
             raise partial.__cause__ from None  # type: ignore[misc]
 
-    def _backward_tasks(self, losses: Losses, scaler: torch.amp.GradScaler | None, retain_graph: bool) -> None:
+    def _backward_tasks(
+        self, losses: Losses, scaler: torch.amp.GradScaler | None, seed: Tensor | None, retain_graph: bool
+    ) -> None:
         found = read_losses(losses, self.tasks)
         if self.tasks is None:
             self.set_tasks(task_names(losses))
@@ -182,7 +231,7 @@ class Surgery:
             (self._index(tuple(index[loss.name] for loss in found)),),
             torch.stack([loss.value.detach().reshape(()).to(like) for loss in found]),
         )
-        factors, parameters, rows = self._begin(values, [index[loss.name] for loss in found], scaler)
+        factors, parameters, rows = self._begin(values, [index[loss.name] for loss in found], scaler, seed)
         roots = [
             Root(index[loss.name], loss.name, loss.output, factors[index[loss.name]].to(loss.value).expand(loss.shape))
             for loss in found
@@ -199,10 +248,15 @@ class Surgery:
             self.source(roots, parameters, rows, retain_graph=retain_graph)
 
     def _backward_mixed(
-        self, losses: Tensor, batch: MixedBatch, scaler: torch.amp.GradScaler | None, retain_graph: bool
+        self,
+        losses: Tensor,
+        batch: MixedBatch,
+        scaler: torch.amp.GradScaler | None,
+        seed: Tensor | None,
+        retain_graph: bool,
     ) -> None:
         verify = self._verify and not self.due
-        factors, parameters, rows = self._begin(batch.values(losses, self._per_task), batch.present, scaler)
+        factors, parameters, rows = self._begin(batch.values(losses, self._per_task), batch.present, scaler, seed)
         names = [n for n, p in zip(self.gradients.names, self.gradients.parameters, strict=True) if p.requires_grad]
         if self._rested:
             own, shared = ([batch.seeds(losses, factors * w)] for w in (self.reuse.own, self.reuse.weights))
@@ -242,10 +296,27 @@ class Surgery:
             combination.undo()
             raise
         self._finish(combination)
-        self._streamed = True
+        self._done = "streamed"
+
+    def _check_open(self) -> None:
+        """Raises unless this step can take in more gradients.
+
+        A scaler that skips a step calls no ``step()``, and some loops call ``model.zero_grad()`` instead of ours; but then
+        the gradients are gone.
+        """
+        if self._done and any(parameter.grad is not None for parameter in self.gradients.parameters):
+            raise RuntimeError(
+                f"backward() once more in a step that had {self._usual_passes} of them at most so far: this step's surgery "
+                f"has been {self._done}, and cannot take in more gradients. "
+                + {
+                    "streamed": "Make the optimizer with stream=False, or call step() first.",
+                    "combined by the joint loss": "Put all losses of a forward pass into one joint loss, and step() after.",
+                }[self._done]
+            )
+        self._done = ""
 
     def _begin(
-        self, values: Tensor, tasks: Iterable[int], scaler: torch.amp.GradScaler | None
+        self, values: Tensor, tasks: Iterable[int], scaler: torch.amp.GradScaler | None, seed: Tensor | None
     ) -> tuple[Tensor, list[Tensor], list[Rows]]:
         """What comes before a backward pass: the tasks' factors ``[K]``, and the parameters and rows that are trained."""
         tasks = list(tasks)
@@ -254,7 +325,12 @@ class Surgery:
         gradients = self.gradients
         if scaler is not None:
             self._scale = scaler.scale(torch.ones((), device=gradients.device))
-            factors = factors * self._scale
+        if seed is None:
+            seed = self._scale if scaler is not None else None
+        else:  # the share of this pass in the step is the seed without the scale
+            values = values * (seed if scaler is None or self._scale is None else seed / self._scale)
+        if seed is not None:
+            factors = factors * seed
         self._rested = self.reuse.rests
         if not self._rested:
             if not self.due:
@@ -266,7 +342,7 @@ class Surgery:
     @torch.no_grad()
     def combine(self) -> None:
         """As :meth:`SurgeryOptimizer.combine`."""
-        self._streamed = False
+        self._done = ""
         if self._rested:
             self.reuse.steps += 1
             self.forget()
