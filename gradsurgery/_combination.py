@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ._gradients import TaskGradients
-from ._plan import Level
+from ._plan import Level, Plan
+from ._ranks import Ranks
 from ._rule import Rule, State
 from ._state import guarded
 from ._step import Step
@@ -27,6 +28,9 @@ class Combination:
         state: the rule's.
         generator: that the rule draws from.
         scale: of the losses, or None: rules see gradients without it.
+        losses: ``[K]``, of the tasks.
+        present: ``[K]``, which tasks are there.
+        ranks: who else has rows.
         undoable: whether :meth:`undo` may be called. It takes a copy of each ``p.grad`` that is there.
     """
 
@@ -38,6 +42,9 @@ class Combination:
         state: State,
         generator: torch.Generator,
         scale: Tensor | None,
+        losses: Tensor,
+        present: Tensor,
+        ranks: Ranks,
         *,
         undoable: bool = False,
     ) -> None:
@@ -47,6 +54,9 @@ class Combination:
         self._before = self._state = state
         self._generator = generator
         self._scale = scale
+        self._losses = losses
+        self._present = present
+        self._ranks = ranks
         self._undoable = undoable
         self._old: dict[int, Tensor | None] = {}
         self._random: list[Tensor] = []  # the generator's state ahead of each level, and after the last
@@ -59,22 +69,27 @@ class Combination:
         gradients = self._gradients
         gradients.align(parameters)
         plan = gradients.plan(self._tasks, parameters)
-        for depth, level in enumerate(plan.levels):
-            gram = level.gram(gradients.rows, gradients.dtype)
+        alone = set(plan.alone) if self._before else ()
+        for p, combined in self._ranks.gather(self._combined(plan)):
+            if p in alone:
+                values = combined._values() if combined.is_sparse else combined
+                self._finite.append(values.isfinite().all().to(gradients.device))
+            self._accumulate(p, combined)
+
+    def _combined(self, plan: Plan) -> Iterator[tuple[int, Tensor]]:
+        gradients = self._gradients
+        grams = [level.gram(gradients.rows, gradients.dtype) for level in plan.levels]
+        *grams, self._losses = self._ranks.sum([*grams, self._losses])
+        for depth, (level, gram) in enumerate(zip(plan.levels, grams, strict=True)):
             if self._scale is not None:
                 gram = gram / self._scale.to(gram) ** 2
             mixing = self._mix(depth, gram, None if level.full else level.active)
             self._finite.append(gram.isfinite().all())
             self._done.append((depth, level, gram, mixing))
             coefficients = (mixing * level.active[:, :, None]).sum(-2)
-            for p, combined in level.combine(gradients.rows, coefficients):
-                self._accumulate(p, combined)
+            yield from level.combine(gradients.rows, coefficients)
         for p in plan.alone:
-            combined = gradients.rows[p].alone()
-            if self._before:
-                values = combined._values() if combined.is_sparse else combined
-                self._finite.append(values.isfinite().all().to(gradients.device))
-            self._accumulate(p, combined)
+            yield p, gradients.rows[p].alone()
             gradients.rows[p].clear()
 
     def _accumulate(self, p: int, combined: Tensor) -> None:
@@ -114,8 +129,9 @@ class Combination:
         return [p for _, level, _, _ in self._done for cell in level.cells for p in cell.parameters]
 
     @torch.no_grad()
-    def finish(self, losses: Tensor) -> tuple[Step, State]:
-        """The record of what was seen and done, given the tasks' losses ``[K]``; and the rule's new state."""
+    def finish(self) -> tuple[Step, State]:
+        """The record of what was seen and done, and the rule's new state."""
+        losses = self._losses.masked_fill(~self._present, torch.nan)
         if self._random:
             self._generator.set_state(self._random[-1])
         cells = [(depth, cell.group, cell.name) for depth, level, _, _ in self._done for cell in level.cells]

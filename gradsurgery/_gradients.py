@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Sequence
 
@@ -48,6 +49,12 @@ class TaskGradients:
         index = {name: g for g, group in enumerate(self.groups) for name in self.groups[group]}
         self.group_of = [index[name] for name in self.names]
         self._plans: dict[tuple[Reach, tuple[str, ...]], Plan] = {}
+
+    def with_rows(self, rows: list[Rows]) -> TaskGradients:
+        """The same parameters, with other rows."""
+        result = copy.copy(self)
+        result.rows = rows
+        return result
 
     def expect(self, tasks: Sequence[int]) -> None:
         """Says that a step with these tasks begins."""
