@@ -203,6 +203,16 @@ class Rows:
         return (row.values() if row.is_sparse else row).isfinite().all()
 
     @property
+    def maybe_sparse(self) -> bool:
+        """Whether some rows may be sparse."""
+        return self._of is not None
+
+    @property
+    def to_be_dense(self) -> bool:
+        """Whether the combined gradient is to be dense although the rows are sparse."""
+        return self._dense
+
+    @property
     def double(self) -> bool:
         """Whether a row is in double precision."""
         return _is_double(self._any) if self._of is None else any(map(_is_double, self._of.values()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Sequence
 
@@ -52,6 +53,12 @@ class TaskGradients:
         self.device = self.parameters[0].device
         self.dtype = torch.float32 if self.device.type == "mps" else torch.float64  # MPS has no float64
         self._plans: dict[tuple[Reach, tuple[str, ...]], Plan] = {}
+
+    def with_rows(self, rows: list[Rows]) -> TaskGradients:
+        """The same parameters, with other rows."""
+        result = copy.copy(self)
+        result.rows = rows
+        return result
 
     def expect(self, tasks: Sequence[int]) -> None:
         """Says that a step with these tasks begins."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar, overload
 
@@ -13,6 +13,7 @@ from ._gradients import TaskGradients
 from ._groups import Groups, GroupSpec, unwrap
 from ._losses import Losses
 from ._mixed import MixedBatch, TaskIds
+from ._ranks import ProcessGroup, ranks_of
 from ._rule import Rule, State
 from ._state import carried, check_match, loaded
 from ._step import Step
@@ -65,6 +66,13 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             backward pass of weighted losses, with no rows, no Gram matrix and no call of the rule: :attr:`last`, the
             rule's weights of losses and its state stay as they are. Exact for one surgery group. With several, whose
             weights differ, one set of weights serves all: the one whose combined gradient was nearest to theirs.
+        process_group: the data-parallel processes that train the model together; each task's gradient is then the mean over
+            the samples of all of them, and all step alike. A process group of ``torch.distributed``; True for the default
+            one; False for a process that trains by itself; None for that of the DistributedDataParallel that ``model`` is.
+        reduce: what is added up over the processes: ``"rows"``, each task's gradients, exact; or ``"result"``, cheap: Gram
+            matrices are estimated by the mean over the processes of those of their own rows.
+        check_ranks: look after each step whether the rule's state, the random generator, parameters and gradients are equal
+            on all processes. For debugging: it reads all of them.
 
     Attributes:
         optimizer: the optimizer inside.
@@ -108,6 +116,9 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         verify: bool = True,
         stream: bool | None = None,
         every: int = 1,
+        process_group: ProcessGroup = None,
+        reduce: str = "rows",
+        check_ranks: bool = False,
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"`optimizer` must be a torch.optim.Optimizer. Found {type(optimizer).__name__}.")
@@ -135,6 +146,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             TaskGradients(optimizer, self._model, groups),
             rule,
             source_named(source, chunk_size),
+            ranks_of(model, process_group, reduce=reduce, check=check_ranks),
             nonfinite=nonfinite,
             seed=seed,
             verify=verify,
@@ -180,6 +192,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         except BaseException:
             self.optimizer.param_groups.pop()
             raise
+        surgery.ranks.renew()
         if surgery.tasks is not None:
             surgery.state = carried(surgery.state, old, surgery.fresh_state(surgery.tasks), list(self.groups))
 
@@ -187,6 +200,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         """Resets ``p.grad``, and forgets gradients that have not been combined."""
         self.optimizer.zero_grad(set_to_none)
         self._surgery.forget()
+        self._surgery.ranks.reopen()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -200,15 +214,19 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         """
         if closure is None:
             self.combine()
+            self._surgery.ranks.reopen()
             return self.optimizer.step()
 
         def evaluate() -> Any:
+            self._surgery.ranks.reopen()
             with torch.enable_grad():
                 value = closure()
             self.combine()
             return value
 
-        return self.optimizer.step(evaluate)
+        result = self.optimizer.step(evaluate)
+        self._surgery.ranks.reopen()
+        return result
 
     # --- Per-task gradients -------------------------------------------------------------------------------------------
 
@@ -261,7 +279,14 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             surgery.split = None
             raise
 
-    def backward(self, losses: Losses, *, scaler: torch.amp.GradScaler | None = None, retain_graph: bool = False) -> None:
+    def backward(
+        self,
+        losses: Losses,
+        *,
+        scaler: torch.amp.GradScaler | None = None,
+        retain_graph: bool = False,
+        samples: Mapping[str, float] | None = None,
+    ) -> None:
         """Computes each task's gradients, and adds them to its rows.
 
         Args:
@@ -272,6 +297,9 @@ class SurgeryOptimizer(torch.optim.Optimizer):
                 :meth:`combine` before ``scaler.unscale_`` or ``scaler.step``. Losses scaled by hand,
                 ``scaler.scale(loss)``, also work with rules for which a common factor makes no difference.
             retain_graph: keep the graph of the last loss too.
+            samples: task → number of samples (or of tokens, or what its loss is the mean of), for a ``process_group``: what
+                this process's loss counts among those of all. Without it, all processes on which the task is present count
+                alike. Mixed batches are counted anyway. One process by itself has no use for it.
 
         Raises:
             ValueError: without losses, and for a loss that is no scalar, has no graph, is of an unknown task, or reaches
@@ -285,7 +313,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             In a 1-D tensor, each task reaches whatever the tensor depends on, except directly behind ``torch.stack`` or
             ``torch.cat`` where the tasks are still apart. With heads of their own, pass a mapping.
         """
-        self._surgery.backward(losses, scaler, retain_graph)
+        self._surgery.backward(losses, scaler, retain_graph, samples)
 
     def joint_loss(
         self, losses: Losses, *, scaler: torch.amp.GradScaler | None = None, combine: bool = False
@@ -420,6 +448,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         surgery.generator.set_state(saved["generator"].cpu())
         surgery.skipped = dict(saved["skipped"])
         surgery.reuse.load_state_dict(saved.get("reuse", {}), surgery.gradients)
+        surgery.ranks.renew()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -54,8 +54,9 @@ class Reuse:
         weighted: Sequence[Tensor],
         gradients: TaskGradients,
         retain_graph: bool,
+        add: Callable[[int, Tensor], None],
     ) -> None:
-        """Adds to ``p.grad``: with the weighted seeds for shared parameters, with the others for those of one task."""
+        """Hands ``add`` each gradient: from weighted seeds for shared parameters, from the others for those of one task."""
         trained = [p for p, parameter in enumerate(gradients.parameters) if parameter.requires_grad]
         shared = [p for p in trained if gradients.names[p] in self.shared]
         alone = [p for p in trained if gradients.names[p] not in self.shared]
@@ -65,7 +66,7 @@ class Reuse:
                 found = torch.autograd.grad(outputs, parameters, starts, retain_graph=keep, allow_unused=True)
                 for p, gradient in zip(chosen, found, strict=True):
                     if gradient is not None:
-                        gradients.accumulate(p, gradient)
+                        add(p, gradient)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""

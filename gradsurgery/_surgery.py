@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,10 +12,12 @@ from torch import Tensor
 
 from ._buffer import Rows
 from ._combination import Combination
+from ._counts import Counts, read_samples
 from ._gradients import TaskGradients
 from ._joint import joint_loss
 from ._losses import Losses, read_losses, task_names
 from ._mixed import MixedBatch
+from ._ranks import Ranks
 from ._reuse import Reuse
 from ._rule import Rule, State, implements
 from ._state import loaded
@@ -60,6 +62,7 @@ class Surgery:
         gradients: the rows.
         rule: operates on them.
         source: computes them, from one loss per task.
+        ranks: the processes that train together.
         nonfinite, verify, stream, every: as for :class:`SurgeryOptimizer`.
         seed: of the generator.
 
@@ -78,6 +81,7 @@ class Surgery:
         gradients: TaskGradients,
         rule: Rule,
         source: Source,
+        ranks: Ranks,
         *,
         nonfinite: str,
         seed: int,
@@ -100,6 +104,8 @@ class Surgery:
         self._stream = stream
         self._usual_passes = 0  # most backward passes that a step had
         self._indices: dict[tuple[int, ...], Tensor] = {}
+        self.ranks = ranks
+        ranks.join(self)
         self.forget()
 
     def forget(self) -> None:
@@ -107,10 +113,11 @@ class Surgery:
         self.gradients.clear()
         self.passes: list[tuple[Tensor, Tensor]] = []  # of this step: losses, and which tasks were there
         self.split: MixedBatch | None = None
-        self._scale: Tensor | None = None  # of the losses, by a GradScaler
+        self.scale: Tensor | None = None  # of the losses, by a GradScaler
         self._rested = False  # this step reuses a mixing: its gradients are in p.grad already
         self._sits_out: tuple[int, ...] = ()  # tasks of this step whose gradients are not finite
         self._done = ""  # how, if this step's surgery is done already
+        self.ranks.forget()
 
     @property
     def due(self) -> bool:
@@ -130,6 +137,7 @@ class Surgery:
             raise ValueError(f"`tasks` must be names, at least one. Found {names!r}.")
         self.state = self.fresh_state(names)
         self.tasks = names
+        self.ranks.renew()
 
     def fresh_state(self, tasks: tuple[str, ...]) -> State:
         """The rule's state before the first step."""
@@ -162,7 +170,7 @@ class Surgery:
             return f"{self.rule} needs all surgery groups at a time"
         if self.nonfinite != "propagate":
             return f"nonfinite={self.nonfinite!r} looks at all gradients of a task before any are combined"
-        return ""
+        return self.ranks.why_not_streaming
 
     @property
     def streaming(self) -> Streaming:
@@ -176,7 +184,7 @@ class Surgery:
         batch, self.split = self.split, None
         if batch is not None:
             checked = batch.check(losses)
-            value = batch.values(checked, self._per_task).sum().to(checked.dtype)
+            value = batch.values(checked, self.per_task).sum().to(checked.dtype)
         else:
             value = torch.stack([loss.value.detach().reshape(()) for loss in read_losses(losses, self.tasks)]).sum()
         if value.dtype.itemsize < 4:
@@ -190,11 +198,17 @@ class Surgery:
 
         return joint_loss(value, run)
 
-    def backward(self, losses: Losses, scaler: torch.amp.GradScaler | None, retain_graph: bool) -> None:
+    def backward(
+        self,
+        losses: Losses,
+        scaler: torch.amp.GradScaler | None,
+        retain_graph: bool,
+        samples: Mapping[str, float] | None = None,
+    ) -> None:
         """As :meth:`SurgeryOptimizer.backward`."""
         self.settle()
         batch, self.split = self.split, None
-        self._add(losses, batch, scaler, retain_graph=retain_graph)
+        self._add(losses, batch, scaler, retain_graph=retain_graph, samples=samples)
 
     def _add(
         self,
@@ -204,34 +218,45 @@ class Surgery:
         *,
         seed: Tensor | None = None,
         retain_graph: bool = False,
+        samples: Mapping[str, float] | None = None,
     ) -> None:
         """Adds each task's gradients to its rows: those of the losses, times ``scaler``'s scale; or times ``seed``."""
         self._check_open()
         before = self.tasks, self.state
         try:
             if batch is not None:
+                if samples is not None:
+                    raise ValueError(
+                        "`samples` is for losses of tasks: a mixed batch is counted. Leave it out after split()."
+                    )
                 self._backward_mixed(batch.check(losses), batch, scaler, seed, retain_graph)
             else:
-                self._backward_tasks(losses, scaler, seed, retain_graph)
+                self._backward_tasks(losses, scaler, seed, retain_graph, samples)
         except _Partial as partial:
             self.forget()
             self.tasks, self.state = before
             raise partial.__cause__ from None  # type: ignore[misc]
 
     def _backward_tasks(
-        self, losses: Losses, scaler: torch.amp.GradScaler | None, seed: Tensor | None, retain_graph: bool
+        self,
+        losses: Losses,
+        scaler: torch.amp.GradScaler | None,
+        seed: Tensor | None,
+        retain_graph: bool,
+        samples: Mapping[str, float] | None,
     ) -> None:
-        found = read_losses(losses, self.tasks)
+        found = read_losses(losses, self.tasks, none=self.ranks.size > 1)
         if self.tasks is None:
             self.set_tasks(task_names(losses))
         assert self.tasks is not None
         index = {name: k for k, name in enumerate(self.tasks)}
-        like = self._per_task
+        like = self.per_task
         values = like.index_put(
             (self._index(tuple(index[loss.name] for loss in found)),),
-            torch.stack([loss.value.detach().reshape(()).to(like) for loss in found]),
+            torch.stack([loss.value.detach().reshape(()).to(like) for loss in found]) if found else like[:0],
         )
-        factors, parameters, rows = self._begin(values, [index[loss.name] for loss in found], scaler, seed)
+        counts = read_samples(samples, [loss.name for loss in found], self.tasks)
+        factors, parameters, rows = self._begin(values, [index[loss.name] for loss in found], scaler, seed, counts)
         roots = [
             Root(index[loss.name], loss.name, loss.output, factors[index[loss.name]].to(loss.value).expand(loss.shape))
             for loss in found
@@ -242,7 +267,8 @@ class Surgery:
                 for weights in (self.reuse.own, self.reuse.weights)
             )
             with _partial():
-                self.reuse.gradients([root.output for root in roots], own, shared, self.gradients, retain_graph)
+                outputs = [root.output for root in roots]
+                self.reuse.gradients(outputs, own, shared, self.gradients, retain_graph, self._add_rested)
             return
         with _partial():
             self.source(roots, parameters, rows, retain_graph=retain_graph)
@@ -256,12 +282,13 @@ class Surgery:
         retain_graph: bool,
     ) -> None:
         verify = self._verify and not self.due
-        factors, parameters, rows = self._begin(batch.values(losses, self._per_task), batch.present, scaler, seed)
+        values = batch.values(losses, self.per_task)
+        factors, parameters, rows = self._begin(values, batch.present, scaler, seed, batch.counts(losses))
         names = [n for n, p in zip(self.gradients.names, self.gradients.parameters, strict=True) if p.requires_grad]
         if self._rested:
             own, shared = ([batch.seeds(losses, factors * w)] for w in (self.reuse.own, self.reuse.weights))
             with _partial():
-                self.reuse.gradients([losses], own, shared, self.gradients, retain_graph)
+                self.reuse.gradients([losses], own, shared, self.gradients, retain_graph, self._add_rested)
             return
         seeds = batch.seeds(losses, factors)
         stream = bool(self.streaming) and not verify and self._usual_passes == len(self.passes) > 0
@@ -287,7 +314,7 @@ class Surgery:
 
     def _run_streaming(self, single: Pass, seeds: Tensor, retain_graph: bool) -> None:
         trained = [p for p, parameter in enumerate(self.gradients.parameters) if parameter.requires_grad]
-        combination = self._combination(undoable=True)
+        combination = self._combination(self.gradients, undoable=True)
         stream = Stream(self.gradients, combination, [trained[i] for i in single.reached])
         try:
             single.run(seeds, retain_graph=retain_graph, complete=lambda i: stream.complete(trained[i]))
@@ -316,22 +343,25 @@ class Surgery:
         self._done = ""
 
     def _begin(
-        self, values: Tensor, tasks: Iterable[int], scaler: torch.amp.GradScaler | None, seed: Tensor | None
+        self, values: Tensor, tasks: Iterable[int], scaler: torch.amp.GradScaler | None, seed: Tensor | None, counts: Counts
     ) -> tuple[Tensor, list[Tensor], list[Rows]]:
         """What comes before a backward pass: the tasks' factors ``[K]``, and the parameters and rows that are trained."""
         tasks = list(tasks)
         present = torch.zeros_like(values, dtype=torch.bool).index_fill(0, self._index(tuple(tasks)), True)
+        self._rested = self.reuse.rests
+        shares = self.ranks.meet(values, present, counts, ahead=self._rested).shares
         factors = torch.ones_like(values)
+        if shares is not None:
+            factors, values = factors * shares, values * shares
         gradients = self.gradients
         if scaler is not None:
-            self._scale = scaler.scale(torch.ones((), device=gradients.device))
+            self.scale = scaler.scale(torch.ones((), device=gradients.device))
         if seed is None:
-            seed = self._scale if scaler is not None else None
+            seed = self.scale if scaler is not None else None
         else:  # the share of this pass in the step is the seed without the scale
-            values = values * (seed if scaler is None or self._scale is None else seed / self._scale)
+            values = values * (seed if scaler is None or self.scale is None else seed / self.scale)
         if seed is not None:
             factors = factors * seed
-        self._rested = self.reuse.rests
         if not self._rested:
             if not self.due:
                 gradients.expect(tasks)
@@ -343,35 +373,62 @@ class Surgery:
     def combine(self) -> None:
         """As :meth:`SurgeryOptimizer.combine`."""
         self._done = ""
-        if self._rested:
-            self.reuse.steps += 1
-            self.forget()
-        if not self.due:
-            return
+        try:
+            if self.ranks.settle(self.due or self._rested):
+                if self._rested or (not self.due and self.reuse.rests):
+                    self._finish_rested()
+                else:
+                    self._operate()
+        except BaseException:
+            if self.ranks.size > 1:
+                self.forget()
+            raise
+
+    def _operate(self) -> None:
         assert self.tasks is not None
+        gradients = self.ranks.reduce(self.gradients)
         if self.nonfinite != "propagate":
-            self.gradients.align()
-            self._check_finite(self.tasks)
-        combination = self._combination()
+            gradients.align()
+            self._check_finite(self.tasks, gradients)
+        combination = self._combination(gradients)
         combination.add()
         self._finish(combination)
 
-    def _combination(self, *, undoable: bool = False) -> Combination:
+    def _add_rested(self, p: int, gradient: Tensor) -> None:
+        if self.ranks.size == 1:
+            self.gradients.accumulate(p, gradient)
+        else:  # to be added up over the ranks: the rows of a single task, as it were
+            self.gradients.rows[p].add(0, gradient)
+
+    def _finish_rested(self) -> None:
+        if self.ranks.size > 1:
+            gradients = self.ranks.reduce(self.gradients)
+            combined = ((p, rows.alone()) for p, rows in enumerate(gradients.rows) if rows.tasks)
+            for p, whole in self.ranks.gather(combined):
+                gradients.accumulate(p, whole)
+        self.reuse.steps += 1
+        self.forget()
+
+    def _combination(self, gradients: TaskGradients, *, undoable: bool = False) -> Combination:
         assert self.tasks is not None
-        losses, present = (torch.stack(values) for values in zip(*self.passes, strict=True))
-        there = present.any(0)
+        losses, present = self.per_task, torch.zeros(len(self.tasks), dtype=torch.bool, device=self.gradients.device)
+        if self.passes:
+            seen, there = (torch.stack(values) for values in zip(*self.passes, strict=True))
+            losses, present = seen.sum(0), there.any(0)
+        losses, present = self.ranks.own(losses, present)
         if self._sits_out:
-            there = there.index_fill(0, self._index(self._sits_out), False)
-        losses = torch.where(there, losses.sum(0), 0.0)
+            present = present.index_fill(0, self._index(self._sits_out), False)
+            losses = torch.where(present, losses, 0.0)
         return Combination(
-            self.gradients,
+            gradients,
             self.rule,
             self.tasks,
-            losses,
-            there,
             self.state,
             self.generator,
-            self._scale,
+            self.scale,
+            losses,
+            present,
+            self.ranks,
             undoable=undoable,
         )
 
@@ -383,9 +440,10 @@ class Surgery:
         self.forget()
         if implements(self.rule, "observe"):
             self.state = self.rule.observe(self.last, self.state)
+        self.ranks.check(self.state)
 
     @property
-    def _per_task(self) -> Tensor:
+    def per_task(self) -> Tensor:
         """Zeros, one for each task."""
         assert self.tasks is not None
         return torch.zeros(len(self.tasks), dtype=self.gradients.dtype, device=self.gradients.device)
@@ -395,8 +453,8 @@ class Surgery:
             self._indices[tasks] = torch.tensor(tasks, device=self.gradients.device)
         return self._indices[tasks]
 
-    def _check_finite(self, tasks: tuple[str, ...]) -> None:
-        bad = self.gradients.not_finite()
+    def _check_finite(self, tasks: tuple[str, ...], gradients: TaskGradients) -> None:
+        bad = self.ranks.union(gradients.not_finite())
         if bad and self.nonfinite == "raise":
             task, name = bad[0]
             raise FloatingPointError(
@@ -406,7 +464,7 @@ class Surgery:
         worst = dict(reversed(bad))
         self._sits_out = tuple(worst)
         for task, name in worst.items():
-            self.gradients.drop(task)
+            gradients.drop(task)
             self.skipped[tasks[task]] = self.skipped.get(tasks[task], 0) + 1
             _log.warning(
                 "task %r sits out this step (%d so far): its gradient for %r holds inf or nan",
@@ -414,8 +472,10 @@ class Surgery:
             )
 
     def __getstate__(self) -> dict[str, Any]:
+        if self.ranks.size > 1:
+            raise TypeError("An optimizer that works with other processes cannot be copied: save its state_dict() instead.")
         # Gradients are not saved. Whoever unpickles this gives it `gradients`, and calls `forget`.
-        left_out = ("gradients", "_indices", "last", "passes", "split", "_scale")
+        left_out = ("gradients", "_indices", "last", "passes", "split", "scale")
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
