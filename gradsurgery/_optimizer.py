@@ -14,7 +14,7 @@ from ._groups import Groups, GroupSpec, unwrap
 from ._losses import Losses
 from ._mixed import MixedBatch, TaskIds
 from ._ranks import ProcessGroup, ranks_of
-from ._rule import Rule, State
+from ._rule import Rule, State, implements
 from ._state import carried, check_match, loaded
 from ._step import Step
 from ._stream import Streaming
@@ -66,6 +66,10 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             backward pass of weighted losses, with no rows, no Gram matrix and no call of the rule: :attr:`last`, the
             rule's weights of losses and its state stay as they are. Exact for one surgery group. With several, whose
             weights differ, one set of weights serves all: the one whose combined gradient was nearest to theirs.
+        measure: compute each task's gradient also where the rule does not need it. With False, and a rule that weighs
+            losses and does no more, or does nothing (``Sum``), a step is as cheap as plain training: one backward pass of
+            the weighted losses. :attr:`last` then knows losses and weights only, and the weights of a step of several
+            backward passes are those of its first.
         process_group: the data-parallel processes that train the model together; each task's gradient is then the mean over
             the samples of all of them, and all step alike. A process group of ``torch.distributed``; True for the default
             one; False for a process that trains by itself; None for that of the DistributedDataParallel that ``model`` is.
@@ -116,6 +120,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         verify: bool = True,
         stream: bool | None = None,
         every: int = 1,
+        measure: bool = True,
         process_group: ProcessGroup = None,
         reduce: str = "rows",
         check_ranks: bool = False,
@@ -134,6 +139,15 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             raise ValueError(
                 f"nonfinite={nonfinite!r} needs every=1: a step that reuses a mixing has no gradients of single tasks."
             )
+        if not measure:
+            if moments := [moment for moment in ("mix", "observe") if implements(rule, moment)]:
+                raise ValueError(
+                    f"measure=False is for rules that only weigh losses, or do nothing. {rule} needs each task's gradient, "
+                    f"in {' and '.join(moments)}()."
+                )
+            if nonfinite != "propagate" or every > 1:
+                setting = f"nonfinite={nonfinite!r}" if nonfinite != "propagate" else f"every={every}"
+                raise ValueError(f"{setting} is about gradients of single tasks, which measure=False does not compute.")
         if nonfinite != "propagate" and source == "batched":
             raise ValueError(
                 f"nonfinite={nonfinite!r} needs source='autograd': in a vectorised pass, one task's inf or nan reaches the "
@@ -152,6 +166,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             verify=verify,
             stream=stream,
             every=every,
+            measure=measure,
         )
         if tasks is not None:
             self._surgery.set_tasks(map(str, range(tasks)) if isinstance(tasks, int) else tasks)

@@ -15,10 +15,10 @@ _RIDGE = 1e-3
 
 
 class Reuse:
-    """Surgery at every ``n``-th step, and what it found for those in between.
+    """Surgery at every ``n``-th step, and what it found for those in between; or no surgery at all.
 
     Args:
-        every: ``n``.
+        every: ``n``; 0 if there is none, and the weights are set for each step.
 
     Attributes:
         steps: how many steps there have been.
@@ -35,8 +35,8 @@ class Reuse:
 
     @property
     def rests(self) -> bool:
-        """Whether the step that comes reuses the last mixing."""
-        return len(self.weights) > 0 and self.steps % self.every != 0
+        """Whether the step that comes is one backward pass of weighted losses."""
+        return not self.every or (len(self.weights) > 0 and self.steps % self.every != 0)
 
     def learn(self, step: Step, gradients: TaskGradients, shared: Sequence[int]) -> None:
         """Takes over the weights that a step with surgery found."""

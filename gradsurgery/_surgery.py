@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,10 +17,10 @@ from ._gradients import TaskGradients
 from ._joint import joint_loss
 from ._losses import Losses, read_losses, task_names
 from ._mixed import MixedBatch
-from ._ranks import Ranks
+from ._ranks import Meeting, Ranks
 from ._reuse import Reuse
 from ._rule import Rule, State, implements
-from ._state import loaded
+from ._state import guarded, loaded
 from ._step import Step
 from ._stream import Stream, Streaming
 from .sources import Root, Source
@@ -55,6 +55,14 @@ def _donated_buffers_explained() -> Iterator[None]:
         ) from error
 
 
+class Weighed(NamedTuple):
+    """The losses of a step that were weighed ahead of its backward passes, which tasks they are of, and the new state."""
+
+    losses: Tensor
+    present: Tensor
+    state: State
+
+
 class Surgery:
     """Per-task gradients of a step, and what becomes of them.
 
@@ -63,7 +71,7 @@ class Surgery:
         rule: operates on them.
         source: computes them, from one loss per task.
         ranks: the processes that train together.
-        nonfinite, verify, stream, every: as for :class:`SurgeryOptimizer`.
+        nonfinite, verify, stream, every, measure: as for :class:`SurgeryOptimizer`.
         seed: of the generator.
 
     Attributes:
@@ -88,6 +96,7 @@ class Surgery:
         verify: bool,
         stream: bool | None,
         every: int,
+        measure: bool,
     ) -> None:
         self.gradients = gradients
         self.rule = rule
@@ -99,7 +108,7 @@ class Surgery:
         self.generator = torch.Generator(gradients.device).manual_seed(seed)
         self.last: Step | None = None
         self.skipped: dict[str, int] = {}
-        self.reuse = Reuse(every)
+        self.reuse = Reuse(every if measure else 0)
         self._verify = verify
         self._stream = stream
         self._usual_passes = 0  # most backward passes that a step had
@@ -117,6 +126,7 @@ class Surgery:
         self._rested = False  # this step reuses a mixing: its gradients are in p.grad already
         self._sits_out: tuple[int, ...] = ()  # tasks of this step whose gradients are not finite
         self._done = ""  # how, if this step's surgery is done already
+        self._weighed: Weighed | None = None  # by a rule that weighs losses ahead of the backward pass
         self.ranks.forget()
 
     @property
@@ -164,6 +174,8 @@ class Surgery:
         """The reason; empty if surgery can happen inside the backward pass."""
         if self._stream is False:
             return "stream=False"
+        if self.weighs_ahead:
+            return "measure=False: there are no gradients of single tasks"
         if len(self.gradients.groups) == 1:
             return "there is one surgery group, which is complete at the end of the backward pass"
         if not self.rule.separable:
@@ -171,6 +183,11 @@ class Surgery:
         if self.nonfinite != "propagate":
             return f"nonfinite={self.nonfinite!r} looks at all gradients of a task before any are combined"
         return self.ranks.why_not_streaming
+
+    @property
+    def weighs_ahead(self) -> bool:
+        """Whether losses are weighed ahead of the backward pass."""
+        return not self.reuse.every
 
     @property
     def streaming(self) -> Streaming:
@@ -349,7 +366,10 @@ class Surgery:
         tasks = list(tasks)
         present = torch.zeros_like(values, dtype=torch.bool).index_fill(0, self._index(tuple(tasks)), True)
         self._rested = self.reuse.rests
-        shares = self.ranks.meet(values, present, counts, ahead=self._rested).shares
+        meeting = self.ranks.meet(values, present, counts, ahead=self._rested)
+        if self.weighs_ahead:
+            self.weigh(meeting)
+        shares = meeting.shares
         factors = torch.ones_like(values)
         if shares is not None:
             factors, values = factors * shares, values * shares
@@ -368,6 +388,19 @@ class Surgery:
             self.passes.append((values, present))
         trained = [p for p, parameter in enumerate(gradients.parameters) if parameter.requires_grad]
         return factors, [gradients.parameters[p] for p in trained], [gradients.rows[p] for p in trained]
+
+    @torch.no_grad()
+    def weigh(self, meeting: Meeting) -> None:
+        """Weighs losses ahead of a backward pass: in a step's first one, for all of the step."""
+        losses, present = meeting.losses, meeting.present
+        if self._weighed is None:
+            weights, state = torch.ones_like(losses), self.state
+            if implements(self.rule, "weigh"):
+                weights, state = self.rule.weigh(losses, state, active=present, generator=self.generator)
+            self.reuse.weights = self.reuse.own = weights
+            self._weighed = Weighed(losses, present, state)
+        else:
+            self._weighed = Weighed(self._weighed.losses + losses, self._weighed.present | present, self._weighed.state)
 
     @torch.no_grad()
     def combine(self) -> None:
@@ -406,8 +439,23 @@ class Surgery:
             combined = ((p, rows.alone()) for p, rows in enumerate(gradients.rows) if rows.tasks)
             for p, whole in self.ranks.gather(combined):
                 gradients.accumulate(p, whole)
+        if self._weighed is not None:
+            self._finish_weighed(self._weighed)
         self.reuse.steps += 1
         self.forget()
+
+    def _finish_weighed(self, weighed: Weighed) -> None:
+        assert self.tasks is not None
+        if self.state:
+            found = [parameter.grad for parameter in self.gradients.parameters if parameter.grad is not None]
+            values = [weighed.losses, *(gradient._values() if gradient.is_sparse else gradient for gradient in found)]
+            finite = [value.isfinite().all().to(self.gradients.device) for value in values]
+            self.state = guarded(finite, old=self.state, new=weighed.state)
+        count = len(self.tasks)
+        none = weighed.losses.new_zeros(0, count, count)
+        losses = weighed.losses.masked_fill(~weighed.present, torch.nan)
+        weights = self.reuse.own if implements(self.rule, "weigh") else None
+        self.last = Step(self.tasks, (), none[:, 0].bool(), none, none, losses, weights)
 
     def _combination(self, gradients: TaskGradients, *, undoable: bool = False) -> Combination:
         assert self.tasks is not None

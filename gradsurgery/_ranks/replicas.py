@@ -113,6 +113,8 @@ class Replicas(Ranks):
         parts = [float(n > 0) if summed else n / total if total else 0.0 for n, total in zip(own, totals, strict=True)]
         shares = torch.tensor(parts, dtype=torch.float64).to(losses)
         present = torch.tensor([total > 0 for total in totals], device=losses.device)
+        if self._surgery.weighs_ahead:
+            losses = self._wire.sum(losses * shares)
         return Meeting(losses, present, shares)
 
     @property
@@ -148,7 +150,9 @@ class Replicas(Ranks):
         table = self._agreement.meet(_COMBINE, self._kind_bits, ours)
         while any(kind == _PASS for kind, _, _ in table):
             self._check_kinds(table)
-            self._pass(self._surgery.per_task, None)
+            meeting = self._pass(self._surgery.per_task, None)
+            if self._surgery.weighs_ahead:
+                self._surgery.weigh(meeting)
             table = self._agreement.meet(_COMBINE, self._kind_bits, ours)
         self._settled = True
         if not self._check_kinds(table):

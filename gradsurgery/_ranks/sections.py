@@ -42,7 +42,8 @@ def sections(surgery: Surgery, *, result: bool) -> dict[str, Callable[[], Descri
         return {
             "source": repr(surgery.source),
             "nonfinite": surgery.nonfinite,
-            "every": str(surgery.reuse.every),
+            "every": str(surgery.reuse.every or 1),
+            "measure": str(not surgery.weighs_ahead),
             "reduce": "result" if result else "rows",
         }
 
