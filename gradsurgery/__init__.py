@@ -16,15 +16,37 @@ from ._optimizer import SurgeryOptimizer
 from ._recorder import Recorder
 from ._rule import Rule, State
 from ._step import Step
-from .rules import MGDA, Chain, GradVac, Mean, PCGrad, Sum
+from .rules import (
+    IMTLG,
+    MGDA,
+    AlignedMTL,
+    CAGrad,
+    Chain,
+    ConFIG,
+    DualProj,
+    FairGrad,
+    GradVac,
+    Mean,
+    NashMTL,
+    PCGrad,
+    Sum,
+    UPGrad,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "IMTLG",
     "MGDA",
+    "AlignedMTL",
+    "CAGrad",
     "Chain",
+    "ConFIG",
+    "DualProj",
+    "FairGrad",
     "GradVac",
     "Mean",
+    "NashMTL",
     "PCGrad",
     "Recorder",
     "Rule",
@@ -32,6 +54,7 @@ __all__ = [
     "Step",
     "Sum",
     "SurgeryOptimizer",
+    "UPGrad",
     "operate",
     "plots",
     "sources",
