@@ -25,6 +25,30 @@ RULES = {
     "gradvac with a fixed target": gs.GradVac(target=0.5),
     "gradvac on some tasks": gs.GradVac(beta=0.3, tasks=("0", "2")),
     "mgda": gs.MGDA(),
+    "upgrad": gs.UPGrad(),
+    "upgrad with weights": gs.UPGrad(weights={"0": 2.0, "2": 0.5}),
+    "dualproj": gs.DualProj(),
+    "cagrad": gs.CAGrad(c=0.4),
+    "nash-mtl": gs.NashMTL(),
+    "nash-mtl now and then": gs.NashMTL(update_every=2),
+    "fairgrad": gs.FairGrad(alpha=2.0),
+    "aligned-mtl": gs.AlignedMTL(),
+    "aligned-mtl, median": gs.AlignedMTL(scale="median"),
+    "aligned-mtl, rmse": gs.AlignedMTL(scale="rmse"),
+    "imtl-g": gs.IMTLG(),
+    "config": gs.ConFIG(),
+    "gradnorm": gs.GradNorm(),
+    "cosine gate": gs.CosineGate(main=("0",)),
+    "cosine gate, unweighted": gs.CosineGate(main=("0",), weighted=False),
+    "a-gem": gs.AGEM(anchors=("0", "2")),
+    "gem": gs.GEM(anchors=("0", "2")),
+    "sdmgrad": gs.SDMGrad(),
+    "modo": gs.MoDo(),
+    "cr-mogm": gs.CRMOGM(gs.MGDA()),
+    "krum": gs.Krum(byzantine=0, selected=2),
+    "equal norm": gs.EqualNorm(),
+    "pcgrad with weights": gs.PCGrad(weights={"0": 2.0, "2": 0.5}),
+    "gradvac with weights": gs.GradVac(beta=0.3, weights={"0": 2.0, "2": 0.5}),
     "pcgrad, mean": gs.Chain(gs.PCGrad(), gs.Mean()),
     "gradvac, mgda": gs.Chain(gs.GradVac(beta=0.3), gs.MGDA()),
 }
@@ -38,6 +62,7 @@ def rules(*exclude):
 
 def test_the_table_has_every_rule():
     parts = [part for rule in RULES.values() for part in (rule, *getattr(rule, "rules", ()))]
+    parts += [part.rule for part in parts if isinstance(part, gs.CRMOGM)]
     assert {type(part) for part in parts} == {gs.Rule, *(getattr(gs.rules, name) for name in gs.rules.__all__)}
 
 
@@ -60,7 +85,7 @@ def some_state(rule, tasks, groups, targets):
     """A state in the middle of training. ``targets`` is ``[K, K]``, or ``[G, K, K]``."""
     present = [str(k) for k in range(max(tasks, 3))]  # "gradvac on some tasks" has to find its own
     state = mapped(
-        lambda key, value: value[:, :tasks, :tasks] if value.dim() == 3 else value[:, :tasks],
+        lambda key, value: (value[:, :tasks, :tasks], value[:, :tasks], value[:tasks])[3 - value.dim()],
         rule.init(present, names(groups)),
     )
     targets = torch.as_tensor(targets).expand(groups, tasks, tasks)
@@ -69,7 +94,10 @@ def some_state(rule, tasks, groups, targets):
 
 def taken(state, tasks):
     """The state of some of the tasks, in this order."""
-    return mapped(lambda key, value: value[:, tasks][:, :, tasks] if value.dim() == 3 else value[:, tasks], state)
+    def take(key, value):
+        return (value[:, tasks][:, :, tasks] if value.dim() == 3 else value[:, tasks]) if value.dim() > 1 else value[tasks]
+
+    return mapped(take, state)
 
 
 def relative(mixing, jacobian):

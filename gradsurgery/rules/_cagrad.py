@@ -36,10 +36,10 @@ class CAGrad(Rule):
         Liu, Liu, Jin, Stone and Liu, *Conflict-Averse Gradient Descent for Multi-Task Learning*, NeurIPS 2021, Algorithm 1.
 
     Note:
-        The authors' code divides the result by ``1 + c^2``; the paper does not, and neither do we. They leave the problem to
-        a general solver. We solve it in closed form for each of several supports of ``w``: for all of them up to five tasks,
-        and else for those that Newton steps lead to. Where ``g_w`` is zero its direction is not defined: ``||g_w||`` is
-        rounded off there, below 1e-7 of the largest norm. TorchJD returns zero there.
+        The authors' code divides the result by ``1 + c^2``; the paper does not, and neither do we. They leave the problem
+        to a general solver. We solve it in closed form for each of several supports of ``w``: for all of them up to five
+        tasks, and else for those that Newton steps lead to. Where ``g_w`` is zero its direction is not defined: ``||g_w||``
+        is rounded off there, below 1e-7 of the largest norm. TorchJD returns zero there.
     """
 
     c: float = 0.4
@@ -86,8 +86,8 @@ class _Problem:
     def solved(self, support: Tensor) -> tuple[Tensor, Tensor]:
         """For supports ``[G, S, K]``: multiples of the unit gradients, and by how much each task gains more than the least.
 
-        On a support the solution has ``C x + b' = m e`` with ``x^T C x = c^2``, where ``e`` and ``b'`` are one and ``b`` over
-        the gradients' lengths: so ``x`` is linear in ``m``, for which a quadratic equation is left.
+        On a support the solution has ``C x + b' = m e`` with ``x^T C x = c^2``, where ``e`` and ``b'`` are one and ``b``
+        over the gradients' lengths: so ``x`` is linear in ``m``, for which a quadratic equation is left.
         """
         eye = torch.eye(support.shape[-1], dtype=self.gram.dtype, device=self.gram.device)
         inside = support[..., :, None] & support[..., None, :]
@@ -100,7 +100,7 @@ class _Problem:
         return x, (x[..., None, :] @ self._cosines[:, None]).squeeze(-2) + sides[..., 1] - m * sides[..., 0]
 
     def best(self, support: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the solutions on supports ``[G, S, K]``, the weights of that with the least duality gap, and the gap ``[G, 1]``."""
+        """Of the solutions on supports ``[G, S, K]``, the weights of that with the least duality gap; that gap."""
         x = self.solved(support)[0]
         w = (x * self._inverse[:, None]).clamp(min=0)
         w = w / w.sum(-1, keepdim=True)

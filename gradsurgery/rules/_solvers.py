@@ -96,7 +96,7 @@ def complementary(cosines: Tensor, linear: Tensor, rule: str, tolerance: float =
         if method is _by_pivoting:
             x[group, problem] = _by_pivoting(cosines[group], linear[group, problem], x[group, problem], tolerance)
         else:
-            rest = group.unique()
+            rest = violated.any(-1).nonzero().squeeze(1)
             x[rest] = _by_interior_points(cosines[rest], linear[rest], rule, tolerance)
     return x.mul_(scale)
 
@@ -117,7 +117,8 @@ def _by_enumeration(cosines: Tensor, linear: Tensor) -> Tensor:
     x = torch.linalg.solve_ex(_ridged(cosines)[:, None] * pairs, right * -masks)[0].clamp_(min=0)  # [G, S, K, R]
     violation = torch.minimum(x, cosines[:, None] @ x + right).abs().amax(-2)  # [G, S, R]
     best = violation.nan_to_num_(torch.inf).argmin(1)
-    return x.gather(1, best[:, None, None].expand(-1, 1, x.shape[2], -1)).squeeze(1).mT
+    found: Tensor = x.gather(1, best[:, None, None].expand(-1, 1, x.shape[2], -1))
+    return found.squeeze(1).mT
 
 
 def _by_splitting(cosines: Tensor, linear: Tensor, tolerance: float) -> Tensor:
@@ -315,14 +316,14 @@ def shortest_by_enumeration(gram: Tensor, there: Tensor) -> Tensor:
     cosines.diagonal(dim1=-2, dim2=-1).fill_(1 + _RIDGE)
     masks, pairs = supports(gram.shape[-1], gram.dtype, gram.device)
     inverse = (inverse * there)[:, None, :, None]
-    w = (
-        (torch.linalg.solve_ex(cosines[:, None] * pairs, inverse * masks)[0] * inverse).clamp_(min=0).squeeze(-1)
-    )  # [G, S, K]
-    w = w / w.sum(-1, keepdim=True)
+    x = torch.linalg.solve_ex(cosines[:, None] * pairs, inverse * masks)[0]
+    w = (x * inverse).clamp_(min=0).squeeze(-1)
+    w = w / w.sum(-1, keepdim=True)  # [G, S, K]
     slope = w @ gram
     least = torch.where(there[:, None], slope, torch.inf).amin(-1)
     best = ((w * slope).sum(-1) - least).nan_to_num_(torch.inf).argmin(1)
-    return w.gather(1, best[:, None, None].expand(-1, 1, w.shape[-1])).squeeze(1)
+    found: Tensor = w.gather(1, best[:, None, None].expand(-1, 1, w.shape[-1]))
+    return found.squeeze(1)
 
 
 # --- Balance: C w = t w^-p ----------------------------------------------------------------------------------------------
@@ -410,4 +411,5 @@ def _by_eigenvectors(cosines: Tensor, right: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(cosines.nan_to_num(0.0))
     kept = values > ROUNDING * values[:, -1:]
     parts = torch.where(kept, (vectors.mT @ right[..., None]).squeeze(-1) / torch.where(kept, values, 1.0), 0.0)
-    return (vectors @ parts[..., None]).squeeze(-1)
+    x: Tensor = vectors @ parts[..., None]
+    return x.squeeze(-1)

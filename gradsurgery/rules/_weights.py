@@ -90,6 +90,14 @@ def diagonal(weights: Tensor, gram: Tensor, active: Tensor | None) -> Tensor:
     return torch.diag_embed(weights).to(gram.dtype)
 
 
+def weighted(mixing: Tensor, state: State, active: Tensor | None) -> Tensor:
+    """Mixing matrices whose rows are multiplied with the tasks' weights, if there are any."""
+    if "weights" not in state:
+        return mixing
+    weights = state["weights"].to(mixing)
+    return mixing * (weights if active is None else torch.where(active, weights, 1.0))[:, :, None]
+
+
 def operated(mixing: Tensor, gram: Tensor, active: Tensor | None) -> Tensor:
     """Mixing matrices of which the rows and columns of absent tasks are made those of the identity."""
     if active is not None:
