@@ -63,24 +63,29 @@ class CAGrad(Rule):
             w, gap = problem.best(masks & problem.there[:, None])
         else:
             w, gap = problem.search()
-        if looks(gram) and bool((gap > 1e-5).any()):
-            warn("CAGrad", f"stopped at a relative duality gap of {float(gap.max()):.1e}", UNSOLVED)
-        square = (w[:, None] @ problem.gram @ w[..., None]).squeeze(-1).clamp_min(0)
-        return diagonal(average + self.c * problem.length / (square + 1e-14).sqrt() * w, gram, active), state
+        usable = problem.there.any(-1, keepdim=True) & (largest < torch.inf)
+        w = torch.where(usable, w, average)
+        if looks(gram) and bool(((gap > 1e-5) & usable).any()):
+            warn("CAGrad", f"stopped at a relative duality gap of {float(gap[usable].max()):.1e}", UNSOLVED)
+        square = (w[:, None] @ problem.gram @ w[..., None]).squeeze(-1)
+        added = self.c * problem.length / torch.where(square > 0, square, 1.0).sqrt() * w
+        return diagonal(average + added, gram, active), state
 
 
 class _Problem:
     """``min <b, w> + c sqrt(w^T G w)`` over the simplex, where ``b = G a / ||g_0||`` for the average's weights ``a``."""
 
     def __init__(self, gram: Tensor, average: Tensor, c: float) -> None:
-        self.gram, self.there = gram, average > 0
+        self.there = average > 0
         linear = (gram @ average[..., None]).squeeze(-1)
         self.length = (average * linear).sum(-1, keepdim=True).clamp_min(0).sqrt()  # ||g_0||
         self.cone = Cone(linear / self.length.clamp_min(1e-30), c)
-        square = gram.diagonal(dim1=-2, dim2=-1).clamp_min(1e-60)  # of a largest of 1
-        self._inverse = torch.where(self.there, square, 1.0).rsqrt()
-        cosines = gram * self._inverse[:, :, None] * self._inverse[:, None, :]
-        cosines.diagonal(dim1=-2, dim2=-1).fill_(1 + 1e-14)
+        square = torch.where(self.there, gram.diagonal(dim1=-2, dim2=-1).clamp_min(1e-60), 1.0)  # of a largest of 1
+        self._inverse, norms = square.rsqrt(), square.sqrt() * self.there
+        # g_w gets a part of its own, of 1e-7 of the lengths that went into it: so its direction is always defined.
+        self.gram = gram + 1e-14 * norms[:, :, None] * norms[:, None, :]
+        cosines = self.gram * self._inverse[:, :, None] * self._inverse[:, None, :]
+        cosines.diagonal(dim1=-2, dim2=-1).fill_(1 + 2e-14)
         self._cosines = cosines
 
     def solved(self, support: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,7 +129,7 @@ class _Problem:
     def _gap(self, w: Tensor) -> Tensor:
         """``[G, S, K]`` → duality gaps ``[G, S, 1]``."""
         slope = w @ self.gram
-        slope = slope * self.cone.radius * ((w * slope).sum(-1, keepdim=True).clamp_min(0) + 1e-14).rsqrt()
+        slope = slope * self.cone.radius * (w * slope).sum(-1, keepdim=True).rsqrt()
         slope = slope + self.cone.linear[:, None]
         least = torch.where(self.there[:, None], slope, torch.inf).amin(-1, keepdim=True)
         return (w * slope).sum(-1, keepdim=True) - least

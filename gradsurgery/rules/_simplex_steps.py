@@ -11,6 +11,8 @@ def projected(point: Tensor, active: Tensor) -> Tensor:
 
     Held, Wolfe and Crowder 1974; see Duchi et al., ICML 2008, Figure 1.
     """
+    # What all have in common changes nothing, and would take the digits of the rest.
+    point = point - point.masked_fill(~active, -torch.inf).amax(-1, keepdim=True) if point.numel() else point
     ranked = point.masked_fill(~active, -torch.inf).sort(-1, descending=True).values
     ranks = torch.arange(1, point.shape[-1] + 1, dtype=point.dtype, device=point.device)
     excess = (ranked.cumsum(-1) - 1) / ranks

@@ -360,14 +360,14 @@ def balanced(cosines: Tensor, target: Tensor, power: float, rule: str) -> Tensor
     return w * (shift / (1 + power)).exp()
 
 
-def _balanced(cosines: Tensor, target: Tensor, power: float, ridge: float, iterations: int = 50) -> tuple[Tensor, Tensor]:
+def _balanced(cosines: Tensor, target: Tensor, power: float, ridge: float, iterations: int = 80) -> tuple[Tensor, Tensor]:
     """``w`` and how far it is from a solution ``[G, 1]``, by primal-dual Newton steps.
 
     They are for ``C w = z`` and ``p log w + log z = log t``, the second of which is approached by a factor at a time.
     """
     matrix = cosines + ridge * torch.eye(cosines.shape[-1], dtype=cosines.dtype, device=cosines.device)
     size = cosines.abs()
-    z = w = (target / (1 + power)).exp()
+    z = w = torch.ones_like(target)
     for _ in range(iterations):
         outside = (matrix @ w[..., None]).squeeze(-1) - z
         off = target - power * w.log() - z.log()
