@@ -19,7 +19,7 @@ from tqdm import tqdm
 from . import report
 from .data import TARGETS, load
 from .methods import METHODS
-from .runs import file_of, relative_times, run, sizes
+from .runs import file_of, is_there, relative_times, run, sizes
 from .train import Settings
 
 
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     seeds = range(options.seed, options.seed + (1 if options.quick else options.seeds))
     out = options.out / ("quick" if options.quick else "full")
     jobs = [(name, seed) for seed in seeds for name in (*options.methods, *TARGETS)]
-    missing = [job for job in jobs if not file_of(out, *job).exists()]
+    missing = [job for job in jobs if not is_there(out, *job, settings)]
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         under_way = [pool.submit(run, name, seed, settings, options.cache, out) for name, seed in missing]
         for job in tqdm(as_completed(under_way), total=len(under_way), unit="run", desc="training", disable=None):

@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
-PUBLISHED = {"LS": 1.0, "MGDA": 6.8, "PCGrad": 4.0, "CAGrad": 3.3, "IMTLG": 3.4, "NashMTL": 6.6, "FAMO": 1.1}
+PUBLISHED = {"LS": 1.0, "MGDA": 6.8, "PCGrad": 4.0, "CAGrad": 3.3, "IMTL-G": 3.4, "Nash-MTL": 6.6, "FAMO": 1.1}
 """Time per epoch relative to equal weighting, as FAMO's authors report it for their model on a GPU."""
 
 Errors = Mapping[str, Sequence[Sequence[float]]]

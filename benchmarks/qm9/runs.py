@@ -40,6 +40,12 @@ def relative_times(methods: Sequence[str], settings: Settings, cache: Path, repe
     return {name: ratios(times[name], times["LS"])[0] for name in methods}
 
 
+def is_there(out: Path, name: str, seed: int, settings: Settings) -> bool:
+    """Whether a run with these settings is kept."""
+    file = file_of(out, name, seed)
+    return file.exists() and json.loads(file.read_text(encoding="utf-8"))["settings"] == asdict(settings)
+
+
 def sizes(settings: Settings) -> dict[str, int]:
     """Of the sets of molecules."""
     return {"train": settings.train, "valid": settings.valid, "test": settings.test}

@@ -67,9 +67,11 @@ class Training:
         adam = torch.optim.Adam(self.model.parameters(), lr=settings.lr)
         self._opt: torch.optim.Optimizer = adam
         if isinstance(rule, gs.Rule):
-            names = list(TARGETS)
+            mixes = type(rule).mix is not gs.Rule.mix  # otherwise, a step is one backward pass
             # Every target has a head of its own: only the trunk is operated on.
-            self._opt = gs.SurgeryOptimizer(adam, rule, model=self.model, tasks=names, source="batched", seed=seed)
+            self._opt = gs.SurgeryOptimizer(
+                adam, rule, model=self.model, tasks=list(TARGETS), source="batched", measure=mixes, seed=seed
+            )
         self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._opt, settings.steps)
 
     def step(self) -> None:
