@@ -49,7 +49,7 @@ class SurgeryTrainer(Trainer):
 
     Example:
         ``SurgeryTrainer(model, args, train_dataset=data, rule=GradVac(), tasks=["code", "law"], groups="layer")``; see
-        docs/transformers.md.
+        docs/huggingface.md.
 
     Note:
         A task's loss is the mean over its labels *in a pass*, and over accumulated passes the mean of these; the Trainer's
