@@ -9,6 +9,7 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import nn
 
+from ._compile import is_compiled, left_out, prepare, say, uncompiled
 from ._gradients import TaskGradients
 from ._groups import Groups, GroupSpec, unwrap
 from ._losses import Losses
@@ -153,7 +154,9 @@ class SurgeryOptimizer(torch.optim.Optimizer):
                 f"nonfinite={nonfinite!r} needs source='autograd': in a vectorised pass, one task's inf or nan reaches the "
                 "gradients of all others."
             )
+        prepare()
         self.optimizer = optimizer
+        self._compiled = model is not None and is_compiled(model)
         self._model = None if model is None else unwrap(model)
         self._spec = groups
         self._surgery = Surgery(
@@ -211,6 +214,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         if surgery.tasks is not None:
             surgery.state = carried(surgery.state, old, surgery.fresh_state(surgery.tasks), list(self.groups))
 
+    @left_out
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Resets ``p.grad``, and forgets gradients that have not been combined."""
         self.optimizer.zero_grad(set_to_none)
@@ -288,12 +292,19 @@ class SurgeryOptimizer(torch.optim.Optimizer):
                 "each split(), or zero_grad() to forget it."
             )
         surgery.split = MixedBatch(task_ids, surgery.tasks, reduction)
+        if self._compiled:
+            say(
+                "Inside split(), compiled models run as they are: one backward pass for all tasks takes less than a "
+                "compiled one for each."
+            )
         try:
-            yield
+            with uncompiled():
+                yield
         except BaseException:
             surgery.split = None
             raise
 
+    @left_out
     def backward(
         self,
         losses: Losses,
@@ -330,6 +341,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         """
         self._surgery.backward(losses, scaler, retain_graph, samples)
 
+    @left_out
     def joint_loss(
         self, losses: Losses, *, scaler: torch.amp.GradScaler | None = None, combine: bool = False
     ) -> torch.Tensor:
@@ -362,6 +374,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         """
         return self._surgery.joint_loss(losses, scaler, combine)
 
+    @left_out
     def combine(self) -> None:
         """Lets the rule operate on the rows, adds the result to ``p.grad``, and frees the rows.
 

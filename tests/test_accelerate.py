@@ -122,7 +122,7 @@ def test_same_as_a_plain_loop(model_class, accumulate, precision, clip):
     accelerator.init_trackers("")
     surgery, *rest = prepared(accelerator, model, scalers[0])
     loop(accelerator, surgery, *rest, clip=clip, tracker=tracker)
-    dtype = torch.bfloat16 if precision == "bf16" else None
+    dtype = {"no": None, "bf16": torch.bfloat16, "scaled": torch.float16}[precision]
     opt, figures = plain_loop(twin, accumulate=accumulate, clip=clip, scaler=scalers[1], dtype=dtype)
     check_same(model, twin)
     assert torch.equal(surgery.rule_state["target"], opt.rule_state["target"])

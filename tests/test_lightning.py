@@ -18,9 +18,8 @@ from gradsurgery.integrations.lightning import SurgeryModule
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),  # batches are in memory
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),  # resuming writes beside
-    # of Lightning's own calls of PyTorch
-    pytest.mark.filterwarnings("ignore:.*:FutureWarning:lightning"),
-    pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:lightning"),
+    # Lightning's own call of PyTorch
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
 ]
 
 RULE = gs.GradVac(beta=0.3)
@@ -231,6 +230,8 @@ def test_several_processes_are_refused(tmp_path):
     from lightning.pytorch.strategies import DDPStrategy
 
     module = Model(Bent())
-    module.trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=DDPStrategy(), logger=False, default_root_dir=tmp_path)
+    module.trainer = pl.Trainer(
+        accelerator="cpu", devices=2, strategy=DDPStrategy(), logger=False, default_root_dir=tmp_path
+    )
     with pytest.raises(NotImplementedError, match="Found strategy DDPStrategy, where each process"):
         module.joint_loss({"a": torch.ones((), requires_grad=True)})

@@ -8,10 +8,17 @@ from typing import Any
 import pytest
 
 import gradsurgery as gs
+from gradsurgery import integrations
+
+LOOPS = ("accelerate", "lightning", "transformers")
 
 MODULES = {
     name: importlib.import_module(name)
-    for name in ["gradsurgery", *(f"gradsurgery.{info.name}" for info in pkgutil.iter_modules(gs.__path__))]
+    for name in [
+        "gradsurgery",
+        *(f"gradsurgery.{info.name}" for info in pkgutil.iter_modules(gs.__path__)),
+        *(f"gradsurgery.integrations.{info.name}" for info in pkgutil.iter_modules(integrations.__path__)),
+    ]
     if not name.rpartition(".")[2].startswith("_")
 }
 NAMES = [(module, name) for module in MODULES.values() for name in module.__all__]
@@ -19,7 +26,8 @@ CLASSES = {value for module, name in NAMES if inspect.isclass(value := getattr(m
 
 
 def test_public_modules():
-    assert set(MODULES) == {f"gradsurgery{name}" for name in ("", ".plots", ".rules", ".sources", ".testing")}
+    names = ("", ".integrations", ".plots", ".rules", ".sources", ".testing", *(f".integrations.{name}" for name in LOOPS))
+    assert set(MODULES) == {f"gradsurgery{name}" for name in names}
     assert all(module.__doc__ for module in MODULES.values())
 
 
@@ -36,7 +44,7 @@ def test_all_is_sorted_and_complete(module):
         if not name.startswith("_") and (origin.startswith("gradsurgery") if package else origin == module.__name__):
             found.add(name)
     # Rules are imported from the package itself; the module that gathers them is not advertised.
-    assert found - {"rules"} <= set(module.__all__)
+    assert found - {"rules", "integrations", *LOOPS} <= set(module.__all__)
 
 
 @pytest.mark.parametrize(("module", "name"), NAMES, ids=[f"{module.__name__}.{name}" for module, name in NAMES])

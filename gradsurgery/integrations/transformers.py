@@ -49,7 +49,7 @@ class SurgeryTrainer(Trainer):
 
     Example:
         ``SurgeryTrainer(model, args, train_dataset=data, rule=GradVac(), tasks=["code", "law"], groups="layer")``; see
-        docs/transformers.md.
+        docs/huggingface.md.
 
     Note:
         A task's loss is the mean over its labels *in a pass*, and over accumulated passes the mean of these; the Trainer's
@@ -134,7 +134,7 @@ class SurgeryTrainer(Trainer):
         same = (task_ids[:, None] == task_ids[None, :]).double().to(counted.device)
         share = (same @ counted).sum(1) / (same.sum(1) * counted.shape[1])
         share = share.clamp_min(1e-12).to(losses.dtype).reshape(-1, *[1] * (losses.dim() - 1))
-        return losses / share
+        return losses.div(share)
 
     def compute_loss(
         self,
