@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TASKS
+from conftest import TASKS, Heads
 from torch import nn
 
 import gradsurgery as gs
@@ -165,3 +165,280 @@ def run_with(rank, sizes, dtype, source, settings, steps):
 @pytest.mark.parametrize("rule", RULES)
 def test_ranks_do_as_one_process_on_all_samples(ranks, rule, source, count, dtype):
     check_run(ranks, count, dtype, source, rule=RULES[rule], process_group=True, check_ranks=True)
+
+
+def test_a_distributed_data_parallel_model_is_all_that_it_takes(ranks):
+    check_run(ranks, 2, torch.float32, "tasks", rule=gs.GradVac(beta=0.1), wrap=ddp, check_ranks=True)
+    check_run(ranks, 2, torch.float64, "mixed", rule=gs.PCGrad(), wrap=ddp, check_ranks=True)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("every", [1, 3])
+def test_accumulation_and_surgery_less_often(ranks, source, every):
+    # With losses of tasks, counts that change from pass to pass would weigh the step's samples alike.
+    settings = {"rule": gs.GradVac(beta=0.1), "process_group": True, "every": every, "check_ranks": True}
+    accumulate = 3 if source == "mixed" else 1
+    check_run(ranks, 2, torch.float64, source, accumulate=accumulate, steps=8, **settings)
+
+
+@pytest.mark.parametrize("groups", ["model", "tensor"])
+def test_other_groups_and_optimizers(ranks, groups):
+    check_run(ranks, 2, torch.float64, "mixed", rule=gs.PCGrad(), groups=groups, process_group=True, steps=5)
+    adam = {"inner": new_adam, "nonfinite": "skip", "seed": 5}
+    check_run(ranks, 4, torch.float64, "tasks", 1e-9, rule=gs.PCGrad(), groups=groups, process_group=True, steps=5, **adam)
+
+
+def new_adam(parameters):
+    return torch.optim.Adam(parameters, lr=1e-3)
+
+
+# --- Heads, absent tasks, and ranks without any -----------------------------------------------------------------------
+
+
+def heads_run(rank, present, settings, steps=4):
+    torch.manual_seed(3)
+    model = Heads().double()
+    opt = gs.SurgeryOptimizer(torch.optim.SGD(model.parameters(), lr=0.05), model=model, tasks=TASKS, **settings)
+    grads = []
+    for step in range(steps):
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(10 * step + rank), dtype=torch.float64)
+        losses = model.losses(x)
+        for task in present[rank][step % len(present[rank])]:  # one backward pass for each
+            opt.backward({task: losses[task]}, retain_graph=True)
+        opt.step()
+        grads.append({name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()})
+        opt.zero_grad()
+    return grads, opt.last
+
+
+def heads_alone(present, settings, steps=4):
+    torch.manual_seed(3)
+    model = Heads().double()
+    opt = gs.SurgeryOptimizer(torch.optim.SGD(model.parameters(), lr=0.05), model=model, tasks=TASKS, **settings)
+    grads = []
+    for step in range(steps):
+        losses = {}
+        for rank, steps_of in enumerate(present):
+            x = torch.randn(8, 4, generator=torch.Generator().manual_seed(10 * step + rank), dtype=torch.float64)
+            for task in steps_of[step % len(steps_of)]:
+                losses.setdefault(task, []).append(model.losses(x)[task])
+        if losses:
+            opt.backward({task: torch.stack(found).mean() for task, found in losses.items()})
+        opt.step()
+        grads.append({name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()})
+        opt.zero_grad()
+    return grads, opt.last
+
+
+PRESENT = {
+    "all": (["abc"], ["abc"]),
+    "some on one rank only": (["ab", "c", "abc"], ["b", "ca", "a"]),
+    "a rank without any": (["abc", "", "cb"], ["", "ab", ""]),
+    "a step without any": (["abc", ""], ["bc", ""]),
+    "each its own": (["a"], ["c"]),
+    "a task that is nowhere": (["ab"], ["a"]),
+}
+
+
+@pytest.mark.parametrize("what", PRESENT)
+def test_tasks_on_some_ranks(ranks, what):
+    settings = {"rule": gs.GradVac(beta=0.2), "groups": "layer"}
+    expected, last = heads_alone(PRESENT[what], settings)
+    results = ranks(2, heads_run, PRESENT[what], {**settings, "process_group": True, "check_ranks": True})
+    for grads, step in results:
+        for step_grads, step_expected in zip(grads, expected, strict=True):
+            compare(step_grads.values(), step_expected.values(), 1e-12)
+        assert all(equal(a.values(), b.values()) for a, b in zip(grads, results[0][0], strict=True))
+        assert step.groups == last.groups
+        assert torch.equal(step.active, last.active)
+        torch.testing.assert_close(step.gram, last.gram)
+        torch.testing.assert_close(step.losses, last.losses, equal_nan=True)
+
+
+# --- Sparse gradients, half precision, complex numbers, nothing at all --------------------------------------------------
+
+
+def sparse_run(rank, sizes, source, **settings):
+    model = Mixed(sparse=True).double()
+    settings = {"rule": gs.GradVac(beta=0.2), "groups": "layer", "tasks": TASKS, **settings}
+    opt = gs.SurgeryOptimizer(torch.optim.SGD(model.parameters(), lr=0.05), model=model, **settings)
+    grads, layouts = [], []
+    for step in range(3):
+        parts = samples(step, sizes, torch.float64)
+        SOURCES[source](model, opt, joined(parts) if rank is None else parts[rank])
+        opt.combine()
+        grads.append(gradients(model))
+        layouts.append([p.grad.layout for p in model.parameters()])
+        opt.step()
+        opt.zero_grad()
+    return grads, layouts
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("count", [2, 4])
+def test_sparse_embeddings(ranks, source, count):
+    torch.manual_seed(0)
+    expected, layouts = sparse_run(None, SIZES[count], source)
+    results = ranks(count, sparse_distributed, SIZES[count], source)
+    for grads, found in results:
+        assert found == layouts
+        for step, (ours, theirs) in enumerate(zip(grads, expected, strict=True)):
+            compare(ours, theirs, 1e-12)
+            assert equal(ours, results[0][0][step])
+
+
+def sparse_distributed(rank, sizes, source):
+    return sparse_run(rank, sizes, source, process_group=True, check_ranks=True)
+
+
+def odd_run(rank):
+    torch.manual_seed(3)
+    half = nn.Parameter(torch.randn(3, 5).bfloat16())
+    turned = nn.Parameter(torch.randn(7, dtype=torch.complex64))
+    nothing = nn.Parameter(torch.zeros(0, 3))
+    one = nn.Parameter(torch.randn(()))
+    frozen = nn.Parameter(torch.randn(3), requires_grad=False)
+    model = nn.ParameterList([half, turned, nothing, one, frozen])
+    opt = gs.SurgeryOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), gs.PCGrad(), model=model, groups="tensor", process_group=True
+    )
+
+    def losses(rank):
+        common = half.float().square().sum() + turned.abs().square().sum() + nothing.sum() + one
+        other = -half.float().sum() * (rank + 1) - (turned * (1 + 2j)).real.sum() - nothing.sum() + one**2 * rank
+        return {"a": common * (rank + 1), "b": other}
+
+    opt.backward(losses(rank))
+    opt.combine()
+    found = [p.grad for p in model]
+    torch.manual_seed(3)
+    plain = gs.SurgeryOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), gs.PCGrad(), model=model, groups="tensor", process_group=False
+    )
+    plain.zero_grad()
+    both = [losses(0), losses(1)]
+    plain.backward({task: (both[0][task] + both[1][task]) / 2 for task in "ab"})
+    plain.combine()
+    return found, [p.grad for p in model]
+
+
+def test_odd_parameters(ranks):
+    results = ranks(2, odd_run)
+    for found, expected in results:
+        for ours, theirs in zip(found, expected, strict=True):
+            if theirs is None:
+                assert ours is None
+            else:
+                torch.testing.assert_close(ours, theirs)
+        assert equal(found, results[0][0])
+        assert found[1].is_complex()
+
+
+# --- Scaled losses, and gradients that are not finite -------------------------------------------------------------------
+
+
+def scaled_run(rank):
+    model, opt = new(Mixed, torch.float32, rule=gs.GradVac(beta=0.2), process_group=True, check_ranks=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+    scales = []
+    for step in range(6):
+        losses, counts = task_losses(model, samples(step, (6, 7), torch.float32)[rank])
+        if step == 3 and rank == 1:
+            losses["a"] = losses["a"] * torch.inf
+        opt.backward(losses, samples=counts, scaler=scaler)
+        opt.combine()
+        scaler.step(opt)
+        scaler.update()
+        opt.zero_grad()
+        scales.append(scaler.get_scale())
+    return [p.detach() for p in model.parameters()], scales, opt.rule_state["target"]
+
+
+def test_a_step_that_overflows_on_one_rank_is_skipped_on_all(ranks):
+    results = ranks(2, scaled_run)
+    assert results[0][1] == results[1][1]
+    assert results[0][1][3] < results[0][1][2]
+    assert equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][2], results[1][2])
+    assert all(p.isfinite().all() for p in results[0][0])
+
+
+def nonfinite_run(rank, way):
+    model, opt = new(Mixed, torch.float32, rule=gs.PCGrad(), process_group=True, nonfinite=way)
+    losses, counts = task_losses(model, samples(0, (6, 7), torch.float32)[rank])
+    if rank == 1:
+        losses["a"] = losses["a"] * torch.nan
+    opt.backward(losses, samples=counts)
+    try:
+        opt.combine()
+    except FloatingPointError as error:
+        return str(error)
+    return opt.skipped, gradients(model)
+
+
+def test_what_is_not_finite_is_so_on_all_ranks(ranks):
+    first, second = ranks(2, nonfinite_run, "raise")
+    assert first == second
+    assert first.startswith("The gradient of task 'a' for parameter 'embedding.weight' holds inf or nan")
+    first, second = ranks(2, nonfinite_run, "skip")
+    assert first[0] == second[0] == {"a": 1}
+    assert equal(first[1], second[1])
+    assert all(grad.isfinite().all() for grad in first[1])
+
+
+# --- The cheap way ------------------------------------------------------------------------------------------------------
+
+
+def cheap_run(rank, rule):
+    model, opt = new(Mixed, torch.float64, rule=rule, process_group=True, reduce="result", check_ranks=True)
+    found, rows = [], []
+    for step in range(3):
+        part = samples(step, (6, 7), torch.float64)[rank]
+        losses, counts = task_losses(model, part)
+        named = dict(model.named_parameters())
+        own = {
+            task: dict(zip(named, torch.autograd.grad(loss, named.values(), retain_graph=True), strict=True))
+            for task, loss in losses.items()
+        }
+        rows.append((own, counts))
+        opt.backward(losses, samples=counts)
+        opt.step()
+        found.append((gradients(model), opt.last))
+        opt.zero_grad()
+    return found, rows, {name: name.rpartition(".")[0] or name for name in named}, opt.groups
+
+
+def test_cheap_surgery_line_by_line(ranks):
+    """Gram matrices are means over the ranks of those of their own rows, each times its share and the number of ranks."""
+    results = ranks(2, cheap_run, gs.MGDA())
+    for step in range(3):
+        assert equal(results[0][0][step][0], results[1][0][step][0])
+        both = [result[1][step] for result in results]
+        total = {task: sum(counts.get(task, 0) for _, counts in both) for task in TASKS}
+        there = [task for task in TASKS if total[task]]
+        combined = []
+        for names in results[0][3].values():
+            scaled = []
+            for own, counts in both:
+                zero = torch.zeros_like(torch.cat([next(iter(own.values()))[name].flatten() for name in names]))
+                scaled.append(
+                    torch.stack(
+                        [
+                            torch.cat([own[task][name].flatten() for name in names]) * counts[task] / total[task]
+                            if task in own
+                            else zero
+                            for task in there
+                        ]
+                    )
+                )
+            gram = sum(2 * rows @ rows.T for rows in scaled)
+            mixing, _ = gs.MGDA().mix(gram[None], {})
+            combined.append(mixing[0].sum(0) @ sum(scaled))
+        found = torch.cat([grad.flatten() for grad in results[0][0][step][0]])
+        torch.testing.assert_close(found, torch.cat(combined), rtol=1e-9, atol=1e-12)
+
+
+def test_cheap_sum_is_exact(ranks):
+    settings = {"rule": gs.Sum(), "process_group": True, "reduce": "result", "check_ranks": True}
+    for source in SOURCES:
+        check_run(ranks, 4, torch.float64, source, steps=4, **settings)

@@ -61,7 +61,7 @@ class Agreement:
         differing = [name for i, name in enumerate(self._digests) if len({row[i] for row in table}) > 1]
         if differing:
             self._reconcile(differing)
-        return [row[len(self._digests) :] for row in table]
+        return [row[len(self._sections) :] for row in table]
 
     def compare(self, what: Mapping[str, Description]) -> None:
         """Makes sure that these are the same on all ranks.
@@ -123,7 +123,7 @@ def digest(description: Description) -> int:
 
 def fingerprint(tensor: Tensor) -> str:
     """A short text that stands for the bits of a tensor. Waits for the device."""
-    bits = tensor.detach().contiguous()
+    bits = (tensor.to_dense() if tensor.is_sparse else tensor).detach().contiguous()
     bits = torch.view_as_real(bits.resolve_conj()) if bits.is_complex() else bits
     sized = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     flat = bits.view(-1).view(sized[bits.element_size()])

@@ -16,12 +16,12 @@ _BYTES = 1 << 25  # of rows, that travel together
 
 @dataclass(frozen=True, eq=False)
 class Bucket:
-    """The rows of parameters that the same ``k`` tasks reached, ``[k, D]``; of which each rank keeps ``[k, D / ranks]``.
+    """The rows of parameters that ``k`` tasks reached, ``[k, D]``; of which each rank keeps ``[k, D / ranks]``.
 
-    Complex coordinates count as two.
+    They need not be the same tasks for each of them. Complex coordinates count as two.
 
     Attributes:
-        tasks: that reached the parameters.
+        tasks: the tasks that reached each parameter, ``k`` of them.
         places: for each parameter, from where to where among the ``D`` coordinates.
         width: how many coordinates each rank keeps; the last rank's part is filled up with zeros.
         ranks: how many there are.
@@ -29,19 +29,25 @@ class Bucket:
         device: where they are.
     """
 
-    tasks: tuple[int, ...]
+    tasks: dict[int, tuple[int, ...]]
     places: dict[int, tuple[int, int]]
     width: int
     ranks: int
     dtype: torch.dtype
     device: torch.device
 
+    @property
+    def rows(self) -> int:
+        """How many rows each parameter has."""
+        return len(next(iter(self.tasks.values())))
+
     def pack(self, rows: Sequence[Rows], shares: Sequence[float]) -> Tensor:
         """Rows times the tasks' shares, in the order that a reduce-scatter wants: ``[ranks, k, width]``. Frees them."""
-        parts = torch.empty(self.ranks, len(self.tasks), self.width, dtype=self.dtype, device=self.device)
+        parts = torch.empty(self.ranks, self.rows, self.width, dtype=self.dtype, device=self.device)
         line = torch.zeros(self.ranks * self.width, dtype=self.dtype, device=self.device)
-        for i, task in enumerate(self.tasks):
+        for i in range(self.rows):
             for p, (start, end) in self.places.items():
+                task = self.tasks[p][i]
                 row = rows[p].of.get(task)
                 if row is None:
                     line[start:end].zero_()
@@ -56,7 +62,7 @@ class Bucket:
 
     def shard(self) -> Tensor:
         """Room for one rank's part, ``[k, width]``."""
-        return torch.empty(len(self.tasks), self.width, dtype=self.dtype, device=self.device)
+        return torch.empty(self.rows, self.width, dtype=self.dtype, device=self.device)
 
     def of_rank(self, rank: int) -> Iterator[tuple[int, slice]]:
         """Each parameter, and its place in the rank's part; empty for those that are not in it."""
@@ -84,21 +90,20 @@ def flat(tensor: Tensor) -> Tensor:
 
 def arranged(reach: Mapping[int, tuple[int, ...]], parameters: Sequence[Tensor], ranks: int) -> list[Bucket]:
     """Buckets for these parameters, given the tasks that reached each: the same on every rank."""
-    kinds: dict[tuple[tuple[int, ...], torch.dtype, torch.device], list[int]] = {}
-    for p, tasks in reach.items():
+    kinds: dict[tuple[int, torch.dtype, torch.device], list[int]] = {}
+    for p in sorted(reach):
         like = parameters[p]
-        kinds.setdefault((tasks, like.dtype.to_real(), like.device), []).append(p)
+        kinds.setdefault((len(reach[p]), like.dtype.to_real(), like.device), []).append(p)
     buckets = []
-    for (tasks, dtype, device), members in kinds.items():
-        most = _BYTES // (len(tasks) * dtype.itemsize)
+    for (count, dtype, device), members in kinds.items():
         places: dict[int, tuple[int, int]] = {}
         end = 0
-        for p in members:
+        for i, p in enumerate(members):
             size = prod(parameters[p].shape) * (2 if parameters[p].is_complex() else 1)
-            if places and end + size > most:
-                buckets.append(Bucket(tasks, places, -(-end // ranks), ranks, dtype, device))
-                places, end = {}, 0
             places[p] = end, end + size
             end += size
-        buckets.append(Bucket(tasks, places, -(-end // ranks), ranks, dtype, device))
+            if end * count * dtype.itemsize >= _BYTES or i + 1 == len(members):
+                tasks = {q: reach[q] for q in places}
+                buckets.append(Bucket(tasks, places, -(-end // ranks), ranks, dtype, device))
+                places, end = {}, 0
     return buckets

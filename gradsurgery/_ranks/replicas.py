@@ -19,7 +19,7 @@ from .agreement import Agreement, digest, leaves
 from .alone import Meeting, Ranks
 from .buckets import Bucket, arranged, flat
 from .sections import VOLATILE, sections
-from .sparse import exchange
+from .sparse import Exchange
 from .wire import Wire
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Replicas(Ranks):
         self._check = check
         self._settled = False
         self._reaches: dict[tuple[int, ...], np.ndarray[tuple[int, int], np.dtype[np.uint8]]] = {}
-        self._arranged: dict[tuple[int, ...], list[Bucket]] = {}
+        self._arranged: dict[tuple[tuple[int, ...], tuple[int, ...]], list[Bucket]] = {}
 
     def join(self, surgery: Surgery) -> None:
         self._surgery = surgery
@@ -196,22 +196,22 @@ class Replicas(Ranks):
         mask = self._reaches[self._key]
         reach: Reach = tuple(tuple(np.flatnonzero(line[:-2]).tolist()) for line in mask)
         dense = {p: tasks for p, tasks in enumerate(reach) if tasks and mask[p, -2]}
-        if self._key not in self._arranged:
-            self._arranged[self._key] = arranged(dense, gradients.parameters, self.size)
-        self._buckets = self._arranged[self._key]
+        sparse = {p: tasks for p, tasks in enumerate(reach) if tasks and not mask[p, -2]}
         reduced = gradients.with_rows([Rows() for _ in reach])
-        for p, tasks in enumerate(reach):
-            if tasks and not mask[p, -2]:
-                factor = float(self._wire.rank == 0) / (self.size if self._result else 1)
-                reduced.rows[p] = exchange(
-                    self._wire,
-                    gradients.rows[p],
-                    gradients.parameters[p],
-                    tasks,
-                    self._shares,
-                    bool(mask[p, -1]),
-                    factor,
-                )
+        if sparse:
+            exchange = Exchange(self._wire, [gradients.rows[p] for p in sparse], self._shares)
+            factor = float(self._wire.rank == 0) / (self.size if self._result else 1)
+            for i, (p, tasks) in enumerate(sparse.items()):
+                parameter, to_be_dense = gradients.parameters[p], bool(mask[p, -1])
+                if to_be_dense and exchange.is_larger(i, parameter, tasks):
+                    dense[p] = tasks
+                else:
+                    reduced.rows[p] = exchange.rows(i, parameter, tasks, to_be_dense, factor)
+                    gradients.rows[p].clear()
+        key = self._key, tuple(dense)
+        if key not in self._arranged:
+            self._arranged[key] = arranged(dense, gradients.parameters, self.size)
+        self._buckets = self._arranged[key]
         if self._result:
             for p, tasks in dense.items():
                 self._scale(gradients.rows[p], reduced.rows[p], gradients.parameters[p], tasks)
@@ -238,7 +238,7 @@ class Replicas(Ranks):
         if work is not None:
             work.wait()  # type: ignore[attr-defined]
         for p, place in bucket.of_rank(self._wire.rank):
-            reduced.rows[p].add_block(bucket.tasks, shard[:, place].contiguous(), owned=True)
+            reduced.rows[p].add_block(bucket.tasks[p], shard[:, place].contiguous(), owned=True)
 
     def _scale(self, rows: Rows, into: Rows, parameter: Tensor, tasks: Sequence[int]) -> None:
         """This rank's rows times its shares; zero for tasks that only others have."""
