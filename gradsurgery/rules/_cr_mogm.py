@@ -77,7 +77,9 @@ class CRMOGM(Rule):
         own = self.rule.init(tasks, groups, device=device, dtype=dtype)
         return {"rule": own, "w": w, "known": torch.zeros_like(w, dtype=torch.bool)}
 
-    def weigh(self, losses: Tensor, state: State, *, active: Tensor | None = None) -> tuple[Tensor, State]:
+    def weigh(
+        self, losses: Tensor, state: State, *, active: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, State]:
         weights, own = self.rule.weigh(losses, state["rule"], active=active)
         return weights, {**state, "rule": own}
 

@@ -84,7 +84,9 @@ class GradNorm(Rule):
         weight = torch.ones(len(tasks), device=device, dtype=dtype)
         return {"weight": weight, "initial": torch.zeros_like(weight)}
 
-    def weigh(self, losses: Tensor, state: State, *, active: Tensor | None = None) -> tuple[Tensor, State]:
+    def weigh(
+        self, losses: Tensor, state: State, *, active: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, State]:
         return state["weight"].to(losses), state
 
     def observe(self, step: Step, state: State) -> State:
