@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -54,11 +54,12 @@ def _call(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 @contextmanager
 def uncompiled() -> Iterator[None]:
     """Runs compiled models as they are: in a single pass, a compiled part takes a backward pass for each task."""
-    if torch.compiler.is_compiling():
+    stance: AbstractContextManager[Any] = nullcontext()
+    if not torch.compiler.is_compiling():
+        with suppress(RuntimeError):  # within a compiled function, it cannot be changed
+            stance = torch.compiler.set_stance("force_eager")
+    with stance:
         yield
-    else:
-        with torch.compiler.set_stance("force_eager"):
-            yield
 
 
 def is_compiled(model: nn.Module) -> bool:
