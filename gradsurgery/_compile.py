@@ -62,6 +62,21 @@ def uncompiled() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def donated_buffers_explained() -> Iterator[None]:
+    """Says what to do if a compiled part of a model refuses to be gone through more than once."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "donated" not in str(error):
+            raise
+        raise RuntimeError(
+            "split() sends gradients through compiled parts of a model once per task, and torch.compile let their backward "
+            "pass give its buffers away. Set torch._functorch.config.donated_buffer = False before the model is first "
+            "called, or let it run uncompiled, as it does by itself inside split()."
+        ) from error
+
+
 def is_compiled(model: nn.Module) -> bool:
     """Whether a model, or a part of it, is compiled."""
     return any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in model.modules())
