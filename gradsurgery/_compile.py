@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -54,11 +54,27 @@ def _call(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 @contextmanager
 def uncompiled() -> Iterator[None]:
     """Runs compiled models as they are: in a single pass, a compiled part takes a backward pass for each task."""
-    if torch.compiler.is_compiling():
+    stance: AbstractContextManager[Any] = nullcontext()
+    if not torch.compiler.is_compiling():
+        with suppress(RuntimeError):  # within a compiled function, it cannot be changed
+            stance = torch.compiler.set_stance("force_eager")
+    with stance:
         yield
-    else:
-        with torch.compiler.set_stance("force_eager"):
-            yield
+
+
+@contextmanager
+def donated_buffers_explained() -> Iterator[None]:
+    """Says what to do if a compiled part of a model refuses to be gone through more than once."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "donated" not in str(error):
+            raise
+        raise RuntimeError(
+            "split() sends gradients through compiled parts of a model once per task, and torch.compile let their backward "
+            "pass give its buffers away. Set torch._functorch.config.donated_buffer = False before the model is first "
+            "called, or let it run uncompiled, as it does by itself inside split()."
+        ) from error
 
 
 def is_compiled(model: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ._buffer import Rows
 from ._combination import Combination
+from ._compile import donated_buffers_explained
 from ._counts import Counts, read_samples
 from ._gradients import TaskGradients
 from ._joint import joint_loss
@@ -39,20 +40,6 @@ def _partial() -> Iterator[None]:
         yield
     except BaseException as error:
         raise _Partial from error
-
-
-@contextmanager
-def _donated_buffers_explained() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        if "donated" not in str(error):
-            raise
-        raise RuntimeError(
-            "split() sends gradients through compiled parts of a model once per task, and torch.compile let their backward "
-            "pass give its buffers away. Set torch._functorch.config.donated_buffer = False before the model is first "
-            "called, or do not compile it."
-        ) from error
 
 
 class Weighed(NamedTuple):
@@ -309,7 +296,7 @@ class Surgery:
             return
         seeds = batch.seeds(losses, factors)
         stream = bool(self.streaming) and not verify and self._usual_passes == len(self.passes) > 0
-        with _partial(), _donated_buffers_explained():
+        with _partial(), donated_buffers_explained():
             new = self.gradients.arena.take if stream else None
             single = Pass(losses, batch.labels(losses), parameters, rows, names, new)
             if stream:

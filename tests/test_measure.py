@@ -157,7 +157,7 @@ def test_a_recorder_keeps_the_losses():
         (
             gs.PCGrad(),
             {},
-            r"rules that only weigh losses.*PCGrad\(\) needs each task's gradient, in mix",
+            r"rules that only weigh losses.*PCGrad\(.* needs each task's gradient, in mix",
         ),
         (gs.Chain(gs.FAMO(), gs.Mean()), {}, r"Chain\(FAMO.*needs each task's gradient"),
         (gs.Sum(), {"every": 2}, "every=2 is about gradients of single tasks"),

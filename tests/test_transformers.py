@@ -232,6 +232,14 @@ def test_errors(tmp_path):
         train(texts(5))
 
 
+def test_several_devices_are_refused(tmp_path):
+    args = arguments(tmp_path, max_steps=1)
+    trainer = SurgeryTrainer(language_model(), args, train_dataset=texts(), rule=RULE, tasks=TASKS)
+    args._n_gpu = 4
+    with pytest.raises(NotImplementedError, match="In the Trainer, .* on one device. Found 4 GPUs"):
+        trainer.compute_loss(trainer.model, {})
+
+
 def test_an_optimizer_that_was_passed(tmp_path):
     model = language_model()
     opt = wrap(model, RULE, tasks=TASKS)

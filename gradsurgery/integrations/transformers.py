@@ -12,7 +12,7 @@ from .._groups import GroupSpec
 from .._losses import Losses
 from .._optimizer import SurgeryOptimizer
 from .._rule import Rule
-from ._common import missing, surgery_in
+from ._common import missing, one_process, surgery_in
 
 try:
     from transformers import Trainer
@@ -148,6 +148,7 @@ class SurgeryTrainer(Trainer):
         task_ids = inputs.pop(self.task_column, None)
         if return_outputs or not torch.is_grad_enabled():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        one_process("the Trainer", f"{self.args.n_gpu} GPUs" if self.args.n_gpu > 1 else None)
         if task_ids is None:
             losses = self.compute_task_losses(model, inputs, None)
         else:
