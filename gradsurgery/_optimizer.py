@@ -13,7 +13,7 @@ from ._gradients import TaskGradients
 from ._groups import Groups, GroupSpec, unwrap
 from ._losses import Losses
 from ._mixed import MixedBatch, TaskIds
-from ._ranks import ProcessGroup, ranks_of
+from ._ranks import ProcessGroup, ranks_of, source_for
 from ._rule import Rule, State
 from ._state import carried, check_match, loaded
 from ._step import Step
@@ -69,6 +69,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         process_group: the data-parallel processes that train the model together; each task's gradient is then the mean over
             the samples of all of them, and all step alike. A process group of ``torch.distributed``; True for the default
             one; False for a process that trains by itself; None for that of the DistributedDataParallel that ``model`` is.
+            Where parameters are sharded (FSDP2, tensor parallelism), all processes that hold a part; None for the default.
         reduce: what is added up over the processes: ``"rows"``, each task's gradients, exact; or ``"result"``, cheap: Gram
             matrices are estimated by the mean over the processes of those of their own rows.
         check_ranks: look after each step whether the rule's state, the random generator, parameters and gradients are equal
@@ -145,8 +146,8 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         self._surgery = Surgery(
             TaskGradients(optimizer, self._model, groups),
             rule,
-            source_named(source, chunk_size),
-            ranks_of(model, process_group, reduce=reduce, check=check_ranks),
+            source_for(model, source_named(source, chunk_size), every),
+            ranks_of(model, optimizer, process_group, reduce=reduce, check=check_ranks),
             nonfinite=nonfinite,
             seed=seed,
             verify=verify,
@@ -267,6 +268,8 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         surgery = self._surgery
         if surgery.tasks is None:
             raise ValueError("split() needs to know the tasks: make the optimizer with tasks=[...], their names or number.")
+        if surgery.ranks.why_not_split:
+            raise ValueError(f"split() cannot be used: {surgery.ranks.why_not_split}.")
         if surgery.split is not None:
             raise ValueError(
                 "split() again, before the losses of the last one were passed to backward(). Call backward(losses) after "

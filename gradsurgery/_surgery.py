@@ -291,7 +291,7 @@ class Surgery:
         if self.weighs:
             factors, self.state = self.rule.weigh(everyones, self.state, active=there)
         if shares is not None:
-            factors, values = factors * shares, values * shares
+            factors, values = factors * (shares * self.ranks.divisor), values * shares
         gradients = self.gradients
         if scaler is not None:
             self.scale = scaler.scale(torch.ones((), device=gradients.device))
