@@ -7,8 +7,14 @@ from test_distributed import CLOSE, RULES, compare
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 from torch.utils.checkpoint import checkpoint
 
 import gradsurgery as gs
@@ -25,7 +31,7 @@ class Blocks(Heads):
     def __init__(self, checkpointed=False):
         super().__init__()
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(5), nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 5)) for _ in "ab"
+            nn.Sequential(nn.LayerNorm(5), nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh()) for _ in "ab"
         )
         self.checkpointed = checkpointed
 
@@ -66,8 +72,8 @@ def shard(model, how):
         for block in model.blocks:
             plan = {"1": ColwiseParallel(), "3": RowwiseParallel()}
             if how == "sequence":
-                from torch.distributed.tensor import Shard
-
+                split = PrepareModuleInput(input_layouts=(Replicate(),), desired_input_layouts=(Shard(0),))
+                parallelize_module(block, mesh, split)
                 plan = {
                     "0": SequenceParallel(sequence_dim=0),
                     "1": ColwiseParallel(input_layouts=Shard(0)),
@@ -87,13 +93,10 @@ def shard(model, how):
         for block in model.blocks:
             parallelize_module(block, mesh["tensor"], {"1": ColwiseParallel(), "3": RowwiseParallel()})
         settings = {"mesh": mesh["shard"]}
-    if how == "half":
-        settings["mp_policy"] = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
-        )
+    half = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if how == "half" else {}
     for block in model.blocks:
-        fully_shard(block, **settings)
-    fully_shard(model, **settings)
+        fully_shard(block, **settings, mp_policy=MixedPrecisionPolicy(**half))
+    fully_shard(model, **settings, mp_policy=MixedPrecisionPolicy(**half, output_dtype=torch.float32 if half else None))
 
 
 def train(model, opt, ranks, dtype, steps):
@@ -117,7 +120,7 @@ def new(dtype, how, rule, groups="layer", checkpointed=False):
     model = Blocks(checkpointed).to(dtype)
     if how is not None:
         shard(model, how)
-    sgd = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.5)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.003, momentum=0.5)
     return model, gs.SurgeryOptimizer(sgd, rule, model=model, groups=groups, check_ranks=True)
 
 
@@ -200,12 +203,12 @@ def refusals(rank):
     opt.zero_grad()
 
     def fewer():
-        values, _ = losses(model, 0, [rank], torch.float32)
-        opt.backward(values)
+        first, second = (losses(model, step, [rank], torch.float32)[0] for step in range(2))
+        opt.backward(first)
         if rank:
             opt.combine()
         else:
-            opt.backward(losses(model, 1, [rank], torch.float32)[0])
+            opt.backward(second)
 
     attempt("fewer", fewer)
     return found
