@@ -377,13 +377,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state = self.optimizer.state_dict()
-        state["surgery"] = {
-            **self._identity(),
-            "state": self._surgery.state,
-            "generator": self._surgery.generator.get_state(),
-            "skipped": dict(self.skipped),
-            "reuse": self._surgery.reuse.state_dict(),
-        }
+        state["surgery"] = self.surgery_state()
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             replaced = post_hook(self, state)
             state = state if replaced is None else replaced
@@ -399,18 +393,40 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else dict(replaced)
-        saved, surgery = state_dict.pop("surgery", None), self._surgery
+        saved = state_dict.pop("surgery", None)
         if saved is None:
             raise ValueError(
                 "This is the checkpoint of a plain optimizer: it has no entry 'surgery'. To start surgery from it, load it "
                 "with opt.optimizer.load_state_dict(...)."
             )
+        self.load_surgery(saved, inner=state_dict)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def surgery_state(self) -> dict[str, Any]:
+        """The part of :meth:`state_dict` that is not the inner optimizer's."""
+        return {
+            **self._identity(),
+            "state": self._surgery.state,
+            "generator": self._surgery.generator.get_state(),
+            "skipped": dict(self.skipped),
+            "reuse": self._surgery.reuse.state_dict(),
+        }
+
+    def load_surgery(self, saved: dict[str, Any], *, inner: dict[str, Any] | None = None) -> None:
+        """Continues from what :meth:`surgery_state` returned, with the inner optimizer's state where that is given.
+
+        Raises:
+            ValueError: if it is of another rule, other tasks or other groups.
+        """
         check_match(saved, self._identity())
+        surgery = self._surgery
         tasks = self.tasks if saved["tasks"] is None else tuple(saved["tasks"])
         state = None if tasks is None else surgery.fresh_state(tasks)
         if state is not None and saved["tasks"] is not None:  # a checkpoint from before the first step has no tasks
             state = loaded(saved["state"], state)
-        self.optimizer.load_state_dict(state_dict)
+        if inner is not None:
+            self.optimizer.load_state_dict(inner)
         if tasks is not None and state is not None:
             surgery.set_tasks(tasks)
             surgery.state = state
@@ -418,8 +434,6 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         surgery.skipped = dict(saved["skipped"])
         surgery.reuse.load_state_dict(saved.get("reuse", {}), surgery.gradients)
         surgery.ranks.renew()
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # `step` may be a scheduler's wrapper that is bound to this very object.
