@@ -11,6 +11,7 @@ Wrap the optimizer you have, give it the loss of each task, and a rule operates 
 """
 
 from . import plots, sources, testing
+from ._checkpoint import TrainingState
 from ._operate import operate
 from ._optimizer import SurgeryOptimizer
 from ._recorder import Recorder
@@ -87,6 +88,7 @@ __all__ = [
     "Step",
     "Sum",
     "SurgeryOptimizer",
+    "TrainingState",
     "UPGrad",
     "UncertaintyWeighting",
     "operate",

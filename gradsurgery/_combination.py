@@ -74,17 +74,19 @@ class Combination:
         gradients = self._gradients
         gradients.align(parameters)
         plan = gradients.plan(self._tasks, parameters)
-        alone = set(plan.alone) if self._before else ()
         for p, combined in self._ranks.gather(self._combined(plan)):
-            if p in alone:
-                values = combined._values() if combined.is_sparse else combined
-                self._finite.append(values.isfinite().all().to(gradients.device))
             self._accumulate(p, combined)
 
     def _combined(self, plan: Plan) -> Iterator[tuple[int, Tensor]]:
         gradients = self._gradients
         grams = [level.gram(gradients.rows, gradients.dtype) for level in plan.levels]
-        *grams, self._losses = self._ranks.sum([*grams, self._losses])
+        alone = [gradients.rows[p] for p in plan.alone] if self._before else []
+        overflows = self._losses.new_zeros(())
+        if alone:
+            overflows += torch.stack([~rows.finite(rows.tasks[0]).to(gradients.device) for rows in alone]).sum()
+        *grams, self._losses, overflows = self._ranks.sum([*grams, self._losses, overflows])
+        if alone:
+            self._finite.append(overflows == 0)
         self._weigh()
         for depth, (level, gram) in enumerate(zip(plan.levels, grams, strict=True)):
             if self._scale is not None:

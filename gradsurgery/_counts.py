@@ -23,7 +23,7 @@ def read_samples(samples: Mapping[str, float] | None, present: Sequence[str], ta
     """The argument ``samples`` of :meth:`SurgeryOptimizer.backward`, checked.
 
     Raises:
-        ValueError: if a task that is there has no number, or one that is not positive; and for unknown tasks.
+        ValueError: if a task that is there has no number, or a negative one; and for unknown tasks.
         TypeError: if it is no mapping.
     """
     if samples is None:
@@ -36,6 +36,6 @@ def read_samples(samples: Mapping[str, float] | None, present: Sequence[str], ta
         if task not in samples:
             raise ValueError(f"`samples` has no number for task {task!r}, whose loss is there. Found {list(samples)}.")
         number = samples[task]
-        if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number < float("inf"):
-            raise ValueError(f"`samples[{task!r}]` must be a positive number. Found {number!r}.")
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number < float("inf"):
+            raise ValueError(f"`samples[{task!r}]` must be a number, at least 0. Found {number!r}.")
     return Counts(tuple(float(samples[task]) if task in present else 0.0 for task in tasks), "given")

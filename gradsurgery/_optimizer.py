@@ -14,7 +14,7 @@ from ._gradients import TaskGradients
 from ._groups import Groups, GroupSpec, unwrap
 from ._losses import Losses
 from ._mixed import MixedBatch, TaskIds
-from ._ranks import ProcessGroup, ranks_of
+from ._ranks import ProcessGroup, ranks_of, source_for
 from ._rule import Rule, State, implements
 from ._state import carried, check_match, loaded
 from ._step import Step
@@ -74,6 +74,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         process_group: the data-parallel processes that train the model together; each task's gradient is then the mean over
             the samples of all of them, and all step alike. A process group of ``torch.distributed``; True for the default
             one; False for a process that trains by itself; None for that of the DistributedDataParallel that ``model`` is.
+            Where parameters are sharded (FSDP2, tensor parallelism), all processes that hold a part; None for the default.
         reduce: what is added up over the processes: ``"rows"``, each task's gradients, exact; or ``"result"``, cheap: Gram
             matrices are estimated by the mean over the processes of those of their own rows.
         check_ranks: look after each step whether the rule's state, the random generator, parameters and gradients are equal
@@ -162,8 +163,8 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         self._surgery = Surgery(
             TaskGradients(optimizer, self._model, groups),
             rule,
-            source_named(source, chunk_size),
-            ranks_of(model, process_group, reduce=reduce, check=check_ranks),
+            source_for(model, source_named(source, chunk_size), every),
+            ranks_of(model, optimizer, process_group, reduce=reduce, check=check_ranks),
             nonfinite=nonfinite,
             seed=seed,
             verify=verify,
@@ -286,6 +287,8 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         surgery = self._surgery
         if surgery.tasks is None:
             raise ValueError("split() needs to know the tasks: make the optimizer with tasks=[...], their names or number.")
+        if surgery.ranks.why_not_split:
+            raise ValueError(f"split() cannot be used: {surgery.ranks.why_not_split}.")
         if surgery.split is not None:
             raise ValueError(
                 "split() again, before the losses of the last one were passed to backward(). Call backward(losses) after "
@@ -435,13 +438,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             pre_hook(self)
         self._surgery.settle()
         state = self.optimizer.state_dict()
-        state["surgery"] = {
-            **self._identity(),
-            "state": self._surgery.state,
-            "generator": self._surgery.generator.get_state(),
-            "skipped": dict(self.skipped),
-            "reuse": self._surgery.reuse.state_dict(),
-        }
+        state["surgery"] = self.surgery_state()
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             replaced = post_hook(self, state)
             state = state if replaced is None else replaced
@@ -457,19 +454,41 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else dict(replaced)
-        saved, surgery = state_dict.pop("surgery", None), self._surgery
-        surgery.settle()
+        saved = state_dict.pop("surgery", None)
+        self._surgery.settle()
         if saved is None:
             raise ValueError(
                 "This is the checkpoint of a plain optimizer: it has no entry 'surgery'. To start surgery from it, load it "
                 "with opt.optimizer.load_state_dict(...)."
             )
+        self.load_surgery(saved, inner=state_dict)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def surgery_state(self) -> dict[str, Any]:
+        """The part of :meth:`state_dict` that is not the inner optimizer's."""
+        return {
+            **self._identity(),
+            "state": self._surgery.state,
+            "generator": self._surgery.generator.get_state(),
+            "skipped": dict(self.skipped),
+            "reuse": self._surgery.reuse.state_dict(),
+        }
+
+    def load_surgery(self, saved: dict[str, Any], *, inner: dict[str, Any] | None = None) -> None:
+        """Continues from what :meth:`surgery_state` returned, with the inner optimizer's state where that is given.
+
+        Raises:
+            ValueError: if it is of another rule, other tasks or other groups.
+        """
         check_match(saved, self._identity())
+        surgery = self._surgery
         tasks = self.tasks if saved["tasks"] is None else tuple(saved["tasks"])
         state = None if tasks is None else surgery.fresh_state(tasks)
         if state is not None and saved["tasks"] is not None:  # a checkpoint from before the first step has no tasks
             state = loaded(saved["state"], state)
-        self.optimizer.load_state_dict(state_dict)
+        if inner is not None:
+            self.optimizer.load_state_dict(inner)
         if tasks is not None and state is not None:
             surgery.set_tasks(tasks)
             surgery.state = state
@@ -477,8 +496,6 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         surgery.skipped = dict(saved["skipped"])
         surgery.reuse.load_state_dict(saved.get("reuse", {}), surgery.gradients)
         surgery.ranks.renew()
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # `step` may be a scheduler's wrapper that is bound to this very object.

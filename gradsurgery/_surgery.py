@@ -359,7 +359,7 @@ class Surgery:
         shares = meeting.shares
         factors = torch.ones_like(values)
         if shares is not None:
-            factors, values = factors * shares, values * shares
+            factors, values = factors * (shares * self.ranks.divisor), values * shares
         gradients = self.gradients
         if scaler is not None:
             self.scale = scaler.scale(torch.ones((), device=gradients.device))

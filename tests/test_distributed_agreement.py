@@ -278,8 +278,8 @@ def test_without_torch_distributed():
     ("samples", "error", "text"),
     [
         ({"a": 1, "b": 1}, ValueError, "has no number for task 'c'"),
-        ({"a": 1, "b": 0, "c": 1}, ValueError, r"`samples\['b'\]` must be a positive number. Found 0"),
-        ({"a": 1, "b": True, "c": 1}, ValueError, r"`samples\['b'\]` must be a positive number. Found True"),
+        ({"a": 1, "b": -1, "c": 1}, ValueError, r"`samples\['b'\]` must be a number, at least 0. Found -1"),
+        ({"a": 1, "b": True, "c": 1}, ValueError, r"`samples\['b'\]` must be a number, at least 0. Found True"),
         ({"a": 1, "b": 1, "c": 1, "d": 1}, ValueError, "names 'd', but the tasks are"),
         ([1, 1, 1], TypeError, "must be a mapping"),
     ],

@@ -11,10 +11,12 @@ processes that each hold the whole model:
 4. Each rank combines its shard, and an all-gather makes it whole: the same bits on every rank.
 
 So ``K + 1`` gradients travel where plain data-parallel training sends two. ``wire`` holds the collectives.
+
+Where parameters are sharded already, ``shards`` leaves the rows where they are, and only the third step is left.
 """
 
 from .alone import Meeting, Ranks
-from .find import ProcessGroup, ranks_of
+from .find import ProcessGroup, ranks_of, source_for
 from .replicas import Replicas
 
-__all__ = ["Meeting", "ProcessGroup", "Ranks", "Replicas", "ranks_of"]
+__all__ = ["Meeting", "ProcessGroup", "Ranks", "Replicas", "ranks_of", "source_for"]

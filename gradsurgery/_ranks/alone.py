@@ -37,11 +37,15 @@ class Ranks:
 
     Attributes:
         size: how many there are.
+        divisor: by how much gradients are too small when a backward pass is over, since means were taken in it.
         why_not_streaming: the reason why surgery has to wait for the end of the backward pass; empty if it need not.
+        why_not_split: the reason why mixed batches cannot be split; empty if they can.
     """
 
     size = 1
+    divisor = 1
     why_not_streaming = ""
+    why_not_split = ""
 
     def join(self, surgery: Surgery) -> None:
         """Says whose step it is. Called once."""

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..sources import Autograd, Source
+from ..sources._backward import Backward
 from .alone import Ranks
 from .replicas import Replicas
 
 ProcessGroup: TypeAlias = "dist.ProcessGroup | bool | None"
 
 
-def ranks_of(model: nn.Module | None, group: ProcessGroup, *, reduce: str, check: bool) -> Ranks:
+def ranks_of(
+    model: nn.Module | None, optimizer: torch.optim.Optimizer, group: ProcessGroup, *, reduce: str, check: bool
+) -> Ranks:
     """The ranks that the arguments ``model``, ``process_group``, ``reduce`` and ``check_ranks`` describe.
 
     Raises:
@@ -25,6 +30,17 @@ def ranks_of(model: nn.Module | None, group: ProcessGroup, *, reduce: str, check
     if not (group is None or isinstance(group, bool) or (dist.is_available() and isinstance(group, dist.ProcessGroup))):
         raise TypeError(f"`process_group` must be a process group, True, False or None. Found {group!r}.")
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if several and _sharded(optimizer):
+        if group is False or reduce == "result":
+            setting = "process_group=False" if group is False else "reduce='result'"
+            raise ValueError(f"Parameters are sharded over several processes: leave out {setting}.")
+        if model is None:
+            raise ValueError("Parameters are sharded over several processes: pass `model` too.")
+        from .shards import Shards
+
+        world = dist.group.WORLD if group is None or group is True else group
+        assert world is not None
+        return Shards(world, fsdp=_fsdp(model), check=check)
     wrapper = _wrapper(model)
     if wrapper is not None:
         if group is False:
@@ -48,6 +64,35 @@ def ranks_of(model: nn.Module | None, group: ProcessGroup, *, reduce: str, check
     if group is None or group is False or dist.get_world_size(group) == 1:
         return Ranks()
     return Replicas(group, result=reduce == "result", check=check)
+
+
+def source_for(model: nn.Module | None, source: Source, every: int) -> Source:
+    """The source that a model needs: the given one, unless it is sharded by FSDP2.
+
+    Raises:
+        ValueError: if what was asked for cannot be done there.
+    """
+    if model is None or not _fsdp(model):
+        return source
+    if not isinstance(source, Autograd):
+        raise ValueError("`model` is sharded by FSDP2, which needs source='autograd'.")
+    if every > 1:
+        raise ValueError("`model` is sharded by FSDP2, which needs every=1.")
+    return Backward()
+
+
+def _sharded(optimizer: torch.optim.Optimizer) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(parameter, DTensor) for group in optimizer.param_groups for parameter in group["params"])
+
+
+def _fsdp(model: nn.Module) -> bool:
+    if not dist.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def _wrapper(model: nn.Module | None) -> nn.parallel.DistributedDataParallel | None:

@@ -56,7 +56,8 @@ class Replicas(Ranks):
 
     def join(self, surgery: Surgery) -> None:
         self._surgery = surgery
-        self._agreement = Agreement(self._wire, sections(surgery, result=self._result), VOLATILE, self._adopt)
+        compared = sections(surgery, result=self._result, whole=self.divisor == 1)
+        self._agreement = Agreement(self._wire, compared, VOLATILE, self._adopt)
         self.forget()
 
     def _adopt(self, section: str, description: object) -> None:
@@ -149,10 +150,7 @@ class Replicas(Ranks):
         ours = digest({"reach": mask.tobytes().hex()})
         table = self._agreement.meet(_COMBINE, self._kind_bits, ours)
         while any(kind == _PASS for kind, _, _ in table):
-            self._check_kinds(table)
-            meeting = self._pass(self._surgery.per_task, None)
-            if self._surgery.weighs_ahead:
-                self._surgery.weigh(meeting)
+            self._wait(table)
             table = self._agreement.meet(_COMBINE, self._kind_bits, ours)
         self._settled = True
         if not self._check_kinds(table):
@@ -173,6 +171,13 @@ class Replicas(Ranks):
             mask = self._mask()  # this rank may have learnt the tasks by now
             self._reaches[self._key] = self._wire.host_max(torch.from_numpy(mask)).numpy()
         return True
+
+    def _wait(self, table: Sequence[Sequence[int]]) -> None:
+        """Takes part in another pass of others, without losses."""
+        self._check_kinds(table)
+        meeting = self._pass(self._surgery.per_task, None)
+        if self._surgery.weighs_ahead:
+            self._surgery.weigh(meeting)
 
     def _mask(self) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
         """For each parameter: which tasks reached it; whether a row is dense; and whether the result has to be."""
@@ -249,10 +254,10 @@ class Replicas(Ranks):
         rows.clear()
 
     def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        *grams, losses = tensors
+        *grams, losses, overflows = tensors
         if self._result:  # the mean over the ranks, of gradients that are as long as the whole one where all are alike
             grams = [gram * self.size for gram in grams]
-        together = self._wire.sum(torch.cat([tensor.reshape(-1) for tensor in (*grams, losses)]))
+        together = self._wire.sum(torch.cat([tensor.reshape(-1) for tensor in (*grams, losses, overflows)]))
         pieces = torch.split(together, [tensor.numel() for tensor in tensors])
         return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
 

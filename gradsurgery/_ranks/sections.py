@@ -14,8 +14,8 @@ VOLATILE = ("trained parameters",)
 """What may change from step to step."""
 
 
-def sections(surgery: Surgery, *, result: bool) -> dict[str, Callable[[], Description]]:
-    """Descriptions of everything that has to be equal, by name; the tasks' names come first."""
+def sections(surgery: Surgery, *, result: bool, whole: bool) -> dict[str, Callable[[], Description]]:
+    """Descriptions of all that has to be equal, by name; with parameters' values, if every rank has the whole."""
 
     def tasks() -> Description:
         return None if surgery.tasks is None else {name: str(k) for k, name in enumerate(surgery.tasks)}
@@ -36,7 +36,7 @@ def sections(surgery: Surgery, *, result: bool) -> dict[str, Callable[[], Descri
 
     def values() -> Description:
         gradients = surgery.gradients
-        return {n: fingerprint(p) for n, p in zip(gradients.names, gradients.parameters, strict=True)}
+        return {n: fingerprint(p) for n, p in zip(gradients.names, gradients.parameters, strict=True) if whole}
 
     def settings() -> Description:
         return {
