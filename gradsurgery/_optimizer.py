@@ -159,11 +159,12 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         self.optimizer = optimizer
         self._compiled = model is not None and is_compiled(model)
         self._model = None if model is None else unwrap(model)
+        self._wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
         self._spec = groups
         self._surgery = Surgery(
             TaskGradients(optimizer, self._model, groups),
             rule,
-            source_for(model, source_named(source, chunk_size), every),
+            source_for(model, source_named(source, chunk_size), every, measure),
             ranks_of(model, optimizer, process_group, reduce=reduce, check=check_ranks),
             nonfinite=nonfinite,
             seed=seed,
@@ -405,6 +406,16 @@ class SurgeryOptimizer(torch.optim.Optimizer):
     def tasks(self) -> tuple[str, ...] | None:
         """Names of the tasks; None until they are known."""
         return self._surgery.tasks
+
+    @property
+    def ranks(self) -> int:
+        """How many processes train the model together, as ``process_group`` says."""
+        return self._surgery.ranks.size
+
+    @property
+    def wrapped(self) -> bool:
+        """Whether ``model`` is a DistributedDataParallel, whose own adding up of gradients is then off."""
+        return self._wrapped
 
     @property
     def due(self) -> bool:

@@ -216,6 +216,6 @@ def test_errors(monkeypatch):
         joint_loss(accelerator, plain, losses)
     with pytest.raises(TypeError, match="Wrap the plain optimizer, and hand the SurgeryOptimizer to the training loop"):
         joint_loss(accelerator, wrap(model, RULE, plain), losses)
-    monkeypatch.setattr(accelerator.state, "distributed_type", DistributedType.MULTI_GPU)
-    with pytest.raises(NotImplementedError, match="Found distributed_type MULTI_GPU, where each process"):
+    monkeypatch.setattr(accelerator.state, "distributed_type", DistributedType.DEEPSPEED)
+    with pytest.raises(NotImplementedError, match="Found distributed_type DEEPSPEED, where each process"):
         joint_loss(accelerator, wrap(model, RULE), losses)

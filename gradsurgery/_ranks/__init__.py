@@ -16,7 +16,7 @@ Where parameters are sharded already, ``shards`` leaves the rows where they are,
 """
 
 from .alone import Meeting, Ranks
-from .find import ProcessGroup, ranks_of, source_for
+from .find import ProcessGroup, ranks_of, source_for, take_over
 from .replicas import Replicas
 
-__all__ = ["Meeting", "ProcessGroup", "Ranks", "Replicas", "ranks_of", "source_for"]
+__all__ = ["Meeting", "ProcessGroup", "Ranks", "Replicas", "ranks_of", "source_for", "take_over"]

@@ -50,7 +50,7 @@ def ranks_of(
             )
         if group is None:
             group = wrapper.process_group
-        _take_over(wrapper)
+        take_over(wrapper)
     elif group is None and several:
         raise ValueError(
             f"torch.distributed is initialised with {dist.get_world_size()} ranks, and it is not clear whether they train "
@@ -66,7 +66,7 @@ def ranks_of(
     return Replicas(group, result=reduce == "result", check=check)
 
 
-def source_for(model: nn.Module | None, source: Source, every: int) -> Source:
+def source_for(model: nn.Module | None, source: Source, every: int, measure: bool) -> Source:
     """The source that a model needs: the given one, unless it is sharded by FSDP2.
 
     Raises:
@@ -76,8 +76,8 @@ def source_for(model: nn.Module | None, source: Source, every: int) -> Source:
         return source
     if not isinstance(source, Autograd):
         raise ValueError("`model` is sharded by FSDP2, which needs source='autograd'.")
-    if every > 1:
-        raise ValueError("`model` is sharded by FSDP2, which needs every=1.")
+    if every > 1 or not measure:
+        raise ValueError("`model` is sharded by FSDP2, which needs every=1 and measure=True.")
     return Backward()
 
 
@@ -104,8 +104,14 @@ def _wrapper(model: nn.Module | None) -> nn.parallel.DistributedDataParallel | N
     return None
 
 
-def _take_over(wrapper: nn.parallel.DistributedDataParallel) -> None:
-    """Lets the wrapper share buffers in each forward pass as ever, and wait for no gradients of its own."""
+def take_over(wrapper: nn.parallel.DistributedDataParallel) -> None:
+    """Lets the wrapper share buffers in each forward pass as ever, and wait for no gradients of its own.
+
+    Raises:
+        ValueError: for a static graph.
+    """
+    if _share_buffers in wrapper._forward_pre_hooks.values():
+        return
     if wrapper.static_graph:
         raise ValueError(
             "`model` is a DistributedDataParallel with static_graph=True, which expects one backward pass of its own. "

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from .._optimizer import SurgeryOptimizer
+from .._ranks import take_over
 
 
 def missing(package: str, extra: str) -> ImportError:
@@ -36,10 +39,31 @@ def surgery_in(optimizer: Any) -> SurgeryOptimizer:
     return optimizer
 
 
-def one_process(loop: str, found: str | None) -> None:
-    """Raises if a loop trains in another way than in one process on one device: ``found`` says how."""
-    if found is not None:
-        raise NotImplementedError(
-            f"In {loop}, gradsurgery trains in one process, on one device. Found {found}, where each process would operate "
-            "on gradients of its own and the models would drift apart."
-        )
+def train_together(loop: str, found: str | None, surgery: SurgeryOptimizer, wrapper: object) -> None:
+    """Sees to it that processes which a loop lets train one model operate on gradients of all of them.
+
+    Args:
+        loop: its name.
+        found: how it trains, if not in one process on one device.
+        surgery: the optimizer.
+        wrapper: what the loop calls in place of the model.
+
+    Raises:
+        NotImplementedError: if that is not data-parallel training by DistributedDataParallel.
+        ValueError: if the optimizer knows of no other processes.
+    """
+    if found is None:
+        return
+    if not isinstance(wrapper, nn.parallel.DistributedDataParallel):
+        raise not_together(loop, found)
+    if surgery.ranks == 1:
+        raise ValueError(f"{loop} trains in several processes, {found}: make the SurgeryOptimizer with process_group=True.")
+    take_over(wrapper)
+
+
+def not_together(loop: str, found: str) -> NotImplementedError:
+    """The error for a way to train in several processes that is not known here."""
+    return NotImplementedError(
+        f"In {loop}, gradsurgery trains in one process on one device, or in several by DistributedDataParallel. Found "
+        f"{found}, where each process would operate on gradients of its own and the models would drift apart."
+    )

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .._losses import Losses
-from ._common import missing, one_process, surgery_in
+from ._common import missing, not_together, surgery_in
 
 try:
     from accelerate import Accelerator
@@ -16,6 +16,8 @@ except ImportError as error:
     raise missing("accelerate", "accelerate") from error
 
 __all__ = ["joint_loss"]
+
+_PARALLEL = tuple(kind for kind in DistributedType if kind.value in ("MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU"))
 
 
 def joint_loss(accelerator: Accelerator, optimizer: Any, losses: Losses) -> Tensor:
@@ -31,7 +33,8 @@ def joint_loss(accelerator: Accelerator, optimizer: Any, losses: Losses) -> Tens
             :meth:`gradsurgery.SurgeryOptimizer.joint_loss`.
 
     Raises:
-        NotImplementedError: if the accelerator trains in several processes, or with DeepSpeed, FSDP or Megatron-LM.
+        NotImplementedError: if the accelerator trains with DeepSpeed, FSDP or Megatron-LM.
+        ValueError: if it trains in several processes, and the optimizer was made with another model than the prepared one.
         TypeError: if ``optimizer`` is not a SurgeryOptimizer, or if one was put around a prepared optimizer.
 
     Example:
@@ -39,5 +42,12 @@ def joint_loss(accelerator: Accelerator, optimizer: Any, losses: Losses) -> Tens
         docs/accelerate.md.
     """
     kind = accelerator.distributed_type
-    one_process("Accelerate", None if kind == DistributedType.NO else f"distributed_type {kind.value}")
-    return surgery_in(optimizer).joint_loss(losses, scaler=accelerator.scaler, combine=accelerator.sync_gradients)
+    surgery = surgery_in(optimizer)
+    if kind in _PARALLEL and not surgery.wrapped:
+        raise ValueError(
+            "Accelerate trains in several processes: make the SurgeryOptimizer with the prepared model, which knows of "
+            "them. First model = accelerator.prepare(model), then SurgeryOptimizer(..., model=model), and prepare that."
+        )
+    if kind not in (*_PARALLEL, DistributedType.NO):
+        raise not_together("Accelerate", f"distributed_type {kind.value}")
+    return surgery.joint_loss(losses, scaler=accelerator.scaler, combine=accelerator.sync_gradients)

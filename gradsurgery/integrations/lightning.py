@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._losses import Losses
 from .._optimizer import SurgeryOptimizer
-from ._common import missing, one_process, surgery_in
+from ._common import missing, surgery_in, train_together
 
 try:
     from lightning.pytorch import LightningModule
@@ -49,13 +49,15 @@ class SurgeryModule(LightningModule):
             losses: one for each task; or, after ``with self.surgery.split(task_ids)``, one for each sample.
 
         Raises:
-            NotImplementedError: under a strategy for several devices or processes.
+            NotImplementedError: under a strategy for several devices or processes other than DDP.
+            ValueError: under DDP, if the optimizer was made without ``process_group=True``.
             RuntimeError: with manual optimization.
             TypeError: if ``configure_optimizers`` returned something other than one SurgeryOptimizer.
         """
         strategy = self.trainer.strategy
         single = isinstance(strategy, SingleDeviceStrategy)
-        one_process("Lightning", None if single else f"strategy {type(strategy).__name__}")
+        found = None if single else f"strategy {type(strategy).__name__}"
+        train_together("Lightning", found, self.surgery, strategy.model)
         if not self.automatic_optimization:
             raise RuntimeError("joint_loss() is for automatic optimization. In manual, call self.surgery.backward(losses).")
         return self.surgery.joint_loss(losses, scaler=getattr(self.trainer.precision_plugin, "scaler", None))

@@ -12,13 +12,11 @@ from .._groups import GroupSpec
 from .._losses import Losses
 from .._optimizer import SurgeryOptimizer
 from .._rule import Rule
-from ._common import missing, one_process, surgery_in
+from ._common import missing, surgery_in, train_together
 
 try:
     from transformers import Trainer
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    from .accelerate import joint_loss
 except ImportError as error:
     raise missing("transformers and accelerate", "transformers") from error
 
@@ -87,7 +85,8 @@ class SurgeryTrainer(Trainer):
         try:
             surgery_in(optimizer)  # a second train(), or one that was passed to the Trainer
         except TypeError:
-            self.optimizer = SurgeryOptimizer(optimizer, self._rule, model=model or self.model, **self._settings)
+            settings = {"process_group": True, **self._settings} if self.accelerator.num_processes > 1 else self._settings
+            self.optimizer = SurgeryOptimizer(optimizer, self._rule, model=model or self.model, **settings)
         return self.optimizer
 
     def compute_task_losses(self, model: nn.Module, inputs: dict[str, Any], task_ids: Tensor | None) -> Losses:
@@ -148,13 +147,16 @@ class SurgeryTrainer(Trainer):
         task_ids = inputs.pop(self.task_column, None)
         if return_outputs or not torch.is_grad_enabled():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        one_process("the Trainer", f"{self.args.n_gpu} GPUs" if self.args.n_gpu > 1 else None)
+        several = self.args.n_gpu > 1 or self.accelerator.num_processes > 1
+        found = f"{self.args.n_gpu} GPUs and {self.accelerator.num_processes} processes" if several else None
+        train_together("the Trainer", found, self.surgery, model)
         if task_ids is None:
             losses = self.compute_task_losses(model, inputs, None)
         else:
             with self.surgery.split(task_ids):
                 losses = self.compute_task_losses(model, inputs, task_ids)
-        return joint_loss(self.accelerator, self.optimizer, losses)
+        accelerator = self.accelerator
+        return self.surgery.joint_loss(losses, scaler=accelerator.scaler, combine=accelerator.sync_gradients)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the last step's figures to the Trainer's training logs."""
