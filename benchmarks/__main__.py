@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from .compiled import compiled
 from .growth import growth
 from .memory import memory, memory_split
 from .report import Figure, Options, table, write
@@ -26,6 +27,7 @@ FIGURES: dict[str, Callable[[Options], list[Figure]]] = {
     "memory-split": memory_split,
     "picture": picture,
     "growth": growth,
+    "compiled": compiled,
 }
 
 
