@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from .compiled import compiled
 from .growth import growth
 from .memory import memory, memory_split
 from .report import Figure, Options, table, write
@@ -28,6 +29,7 @@ FIGURES: dict[str, Callable[[Options], list[Figure]]] = {
     "picture": picture,
     "growth": growth,
     "wire": wire,
+    "compiled": compiled,
 }
 
 

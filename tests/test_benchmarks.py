@@ -31,7 +31,8 @@ def test_everything_runs_in_small(tmp_path, capsys, threads):
     assert [row["name"] for row in written["figures"]] == [figure.name for figure in figures]
     assert {"python", "torch", "torchjd", "threads", "cpu"} <= written["environment"].keys()
     assert table(figures) in (tmp_path / "figures.md").read_text()
-    for start in ("peak memory, K=", "peak memory, single pass, K=", "single pass, K=", "growth, width ", "bytes sent, K="):
+    starts = ("peak memory, K=", "peak memory, single pass, K=", "single pass, K=", "growth, width ", "bytes sent, K=")
+    for start in (*starts, "compiled, K="):
         assert any(figure.name.startswith(start) for figure in figures)
     for picture in ("rules.png", "growth.png"):
         assert (tmp_path / picture).stat().st_size > 10_000
