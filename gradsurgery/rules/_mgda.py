@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +44,9 @@ class MGDA(Rule):
         primal-dual interior-point method (Nocedal and Wright, *Numerical Optimization*, Algorithm 16.4), whose
         convergence does not suffer from many tasks or from gradients that depend on each other.
     """
+
+    scale_equivariant: ClassVar[bool] = True
+    non_conflicting: ClassVar[bool] = True
 
     tolerance: float = 1e-14
     iterations: int = 32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +34,9 @@ class PCGrad(Rule):
         As in the paper the result is the *sum* of the ``g'_i``; much published code takes the mean, which is
         ``Chain(PCGrad(), Mean())``. A zero gradient is neither projected nor projected on.
     """
+
+    random: ClassVar[bool] = True
+    scale_equivariant: ClassVar[bool] = True
 
     def mix(
         self, gram: Tensor, state: State, *, active: Tensor | None = None, generator: torch.Generator | None = None

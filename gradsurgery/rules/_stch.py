@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -48,6 +49,8 @@ class STCH(Rule):
         each loss over its value after some warm-up epochs, and multiply by the number of tasks; divide your losses so, and
         choose ``mu`` to match.
     """
+
+    scale_equivariant: ClassVar[bool] = True
 
     mu: float = 1.0
     preference: Sequence[float] | None = None
