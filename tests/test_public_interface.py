@@ -11,15 +11,18 @@ import gradsurgery as gs
 
 MODULES = {
     name: importlib.import_module(name)
-    for name in ["gradsurgery", *(f"gradsurgery.{info.name}" for info in pkgutil.iter_modules(gs.__path__))]
-    if not name.rpartition(".")[2].startswith("_")
+    for name in ["gradsurgery", *(info.name for info in pkgutil.walk_packages(gs.__path__, "gradsurgery."))]
+    if "._" not in name
 }
 NAMES = [(module, name) for module in MODULES.values() for name in module.__all__]
 CLASSES = {value for module, name in NAMES if inspect.isclass(value := getattr(module, name))}
 
 
+NAMES_OF_MODULES = ("", ".plots", ".rules", ".sources", ".testing", ".testing.oracles", ".testing.strategies")
+
+
 def test_public_modules():
-    assert set(MODULES) == {f"gradsurgery{name}" for name in ("", ".plots", ".rules", ".sources", ".testing")}
+    assert set(MODULES) == {f"gradsurgery{name}" for name in NAMES_OF_MODULES}
     assert all(module.__doc__ for module in MODULES.values())
 
 

@@ -56,6 +56,10 @@ class STCH(Rule):
     preference: Sequence[float] | None = None
     ideal: Sequence[float] | None = None
 
+    @property
+    def symmetric(self) -> bool:  # type: ignore[override]
+        return self.preference is None and self.ideal is None
+
     def __post_init__(self) -> None:
         check_positive(mu=self.mu)
         for name in ("preference", "ideal"):

@@ -7,7 +7,8 @@ from importlib import import_module
 from typing import Any
 
 from . import oracles
-from ._check_rule import RuleReport, check_rule, needs_hypothesis
+from ._check_rule import RuleReport, check_rule
+from ._check_rule import needs_hypothesis as _needs_hypothesis
 from ._check_split import SplitReport, check_split
 
 __all__ = ["RuleReport", "SplitReport", "check_rule", "check_split", "oracles", "strategies"]
@@ -15,6 +16,6 @@ __all__ = ["RuleReport", "SplitReport", "check_rule", "check_split", "oracles", 
 
 def __getattr__(name: str) -> Any:
     if name == "strategies":  # imported when asked for: the library itself does without hypothesis
-        needs_hypothesis("gradsurgery.testing.strategies")
+        _needs_hypothesis("gradsurgery.testing.strategies")
         return import_module(".strategies", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

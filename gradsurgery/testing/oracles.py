@@ -34,7 +34,7 @@ def pcgrad(jacobian: Array, orders: Sequence[Sequence[int]] | npt.NDArray[np.int
         jacobian: ``[K, D]``.
         orders: ``[K, K - 1]``, for each task the order in which it meets the others.
     """
-    modified = jacobian.copy()
+    modified: Array = np.array(jacobian)
     for i in range(len(jacobian)):
         for j in orders[i]:
             g_j = jacobian[j]
