@@ -15,6 +15,7 @@ from .rules import many_groups, one_group, picture
 from .split import split
 from .step import step
 from .surgery import surgery
+from .wire import wire
 
 FIGURES: dict[str, Callable[[Options], list[Figure]]] = {
     "rules-many": many_groups,
@@ -26,6 +27,7 @@ FIGURES: dict[str, Callable[[Options], list[Figure]]] = {
     "memory-split": memory_split,
     "picture": picture,
     "growth": growth,
+    "wire": wire,
 }
 
 

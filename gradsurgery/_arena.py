@@ -12,12 +12,40 @@ from math import prod
 import torch
 from torch import Tensor
 
-_ALIGNMENT = 64
+_ALIGNMENT = 64  # bytes: a line of the cache
+_PAGE = 64  # lines: addresses that are this far apart share a place in the cache
+_APART = 17  # lines: odd, so that as many rows as there are places have one each
 _PART = 5 / 8  # a step needs all of it only when activations have been freed that the next one starts with
 
 
+def block_strides(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[int, ...]:
+    """How a block of rows ``[k, ...]`` lies in memory: each row contiguous, and the rows not at alike addresses.
+
+    Products read all rows at once. On the CPU, rows whose distance is a multiple of 4 KB, as it often is, would drive each
+    other out of the cache, which makes the Gram matrix of 32 rows 1.7 times slower.
+    """
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.insert(0, strides[0] * max(size, 1))
+    line = _ALIGNMENT // dtype.itemsize
+    if device.type == "cpu" and strides[0] > _PAGE * line:
+        lines = -(-strides[0] // line)
+        strides[0] = (lines + (_APART - lines) % _PAGE) * line
+    return tuple(strides)
+
+
+def new_block(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A block of rows ``[k, ...]`` with arbitrary content."""
+    return torch.empty_strided(shape, block_strides(shape, dtype, device), dtype=dtype, device=device)
+
+
+def is_block(tensor: Tensor) -> bool:
+    """Whether the rows of ``[k, ...]`` are contiguous and apart."""
+    return tensor[:1].is_contiguous() and (len(tensor) < 2 or tensor.stride(0) >= tensor[0].numel())
+
+
 class Arena:
-    """Tensors that share a piece of memory, as large as was needed at one time so far.
+    """Blocks that share a piece of memory, as large as was needed at one time so far.
 
     On other devices than the CPU, PyTorch does as much by itself.
 
@@ -34,19 +62,21 @@ class Arena:
         self._live = 0
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A tensor with arbitrary content."""
+        """As :func:`new_block`."""
         if device.type != "cpu":
-            return torch.empty(shape, dtype=dtype, device=device)
+            return new_block(shape, dtype, device)
         if not self._taken and self._wanted and (self._memory is None or self._memory.size < self._wanted):
             self._memory = _Memory(self._wanted)
             self._free = [(0, self._memory.size)]
-        size = -(-max(prod(shape) * dtype.itemsize, 1) // _ALIGNMENT) * _ALIGNMENT
+        strides = block_strides(shape, dtype, device)
+        extent = shape[0] * strides[0] * dtype.itemsize if prod(shape) else 0
+        size = -(-max(extent, 1) // _ALIGNMENT) * _ALIGNMENT
         place = self._place(size)
         if place is None or self._memory is None:
-            tensor, place = torch.empty(shape, dtype=dtype), -1
+            tensor, place = new_block(shape, dtype, device), -1
             self._wanted = max(self._wanted, 0 if self._memory is None else self._memory.size + size)
         else:
-            tensor = self._memory.bytes[place : place + prod(shape) * dtype.itemsize].view(dtype).view(shape)
+            tensor = self._memory.bytes[place : place + extent].view(dtype).as_strided(shape, strides)
         self._taken[tensor.data_ptr()] = place, size
         self._live += size
         self._wanted = max(self._wanted, self._live)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._arena import Arena
+from ._arena import Arena, is_block, new_block
 
 _CPU_CHUNK = 1 << 17  # coordinates of each row that are gathered at a time: few enough for the cache,
 _CHUNK = 1 << 22  # and on other devices, many enough to hide the launches
@@ -90,7 +90,8 @@ class Rows:
         if task not in self._layout or len(self._layout) < 2 or gradient.is_sparse:
             return gradient
         if self._block is None:
-            self._block, self._owned = gradient.new_empty((len(self._layout), *gradient.shape)), True
+            shape = (len(self._layout), *gradient.shape)
+            self._block, self._owned = new_block(shape, gradient.dtype, gradient.device), True
         if not self._owned:
             return gradient
         self._inside.add(task)
@@ -111,7 +112,7 @@ class Rows:
                     self.add(task, gradient)
             self._arena.give(block)
         else:
-            whole = block.contiguous()
+            whole = block if is_block(block) else block.contiguous()
             if whole is not block:
                 self._arena.give(block)
             self._layout, self._block, self._inside, self._owned = tuple(tasks), whole, set(tasks), owned
@@ -151,7 +152,7 @@ class Rows:
         """The aligned rows, if dense, as real matrices ``[k, n]`` of consecutive coordinates. Complex ones count twice."""
         whole = len(self._inside) == len(self.tasks) == len(self._layout)
         if self._block is not None and whole and self._block.dtype == dtype:
-            yield self._block.reshape(len(self._block), self._block.numel() // len(self._block))
+            yield self._block.flatten(1) if self._block.dim() > 1 else self._block[:, None]
             return
         rows = [_real(self.of[task]).reshape(-1) for task in self.tasks]
         length = _CPU_CHUNK if rows[0].device.type == "cpu" else _CHUNK
@@ -202,6 +203,16 @@ class Rows:
         return (row.values() if row.is_sparse else row).isfinite().all()
 
     @property
+    def maybe_sparse(self) -> bool:
+        """Whether some rows may be sparse."""
+        return self._of is not None
+
+    @property
+    def to_be_dense(self) -> bool:
+        """Whether the combined gradient is to be dense although the rows are sparse."""
+        return self._dense
+
+    @property
     def double(self) -> bool:
         """Whether a row is in double precision."""
         return _is_double(self._any) if self._of is None else any(map(_is_double, self._of.values()))
@@ -237,8 +248,7 @@ class Sparse:
         result = values.new_zeros(self._tasks * self._tasks)
         result.index_add_(0, owner * (self._tasks + 1), values.square().sum(1))
         # With the entries of an index next to each other, tasks that share it are a few places apart.
-        place = torch.unique(self._indices, dim=1, return_inverse=True)[1][: len(values)]
-        place, order = place.sort(stable=True)
+        place, order = self._places()[: len(values)].sort(stable=True)
         owner, values = owner[order], values[order]
         for apart in range(1, self._tasks):
             first = (place[apart:] == place[:-apart]).nonzero().squeeze(1)
@@ -249,6 +259,13 @@ class Sparse:
             result.index_add_(0, owner[first] * self._tasks + owner[second], products)
             result.index_add_(0, owner[second] * self._tasks + owner[first], products)
         return result.view(self._tasks, self._tasks)
+
+    def _places(self) -> Tensor:
+        """A number for each entry's index, ``[n]``."""
+        places = self._indices[0]
+        for index, size in zip(self._indices[1:], self._shape[1:], strict=False):
+            places = places * size + index
+        return places
 
     def combine(self, coefficients: Tensor) -> Tensor:
         """The combined gradient, given the tasks' coefficients ``[k]``."""

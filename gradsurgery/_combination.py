@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ._gradients import TaskGradients
-from ._plan import Level
+from ._plan import Level, Plan
+from ._ranks import Ranks
 from ._rule import Rule, State, implements
 from ._state import guarded
 from ._step import Step
@@ -24,11 +25,12 @@ class Combination:
         gradients: the rows.
         rule: what operates on them.
         tasks: names of the tasks.
-        losses: of the step, ``[K]``; zero for tasks that are not there.
-        present: ``[K]``, the tasks that are there.
         state: the rule's.
         generator: that the rule draws from.
         scale: of the losses, or None: rules see gradients without it.
+        losses: of the step, ``[K]``: this rank's part of them; zero for tasks that are not there.
+        present: ``[K]``, the tasks that are there, on any rank.
+        ranks: who else has rows.
         undoable: whether :meth:`undo` may be called. It takes a copy of each ``p.grad`` that is there.
 
     Attributes:
@@ -40,11 +42,12 @@ class Combination:
         gradients: TaskGradients,
         rule: Rule,
         tasks: tuple[str, ...],
-        losses: Tensor,
-        present: Tensor,
         state: State,
         generator: torch.Generator,
         scale: Tensor | None,
+        losses: Tensor,
+        present: Tensor,
+        ranks: Ranks,
         *,
         undoable: bool = False,
     ) -> None:
@@ -52,20 +55,18 @@ class Combination:
         self._rule = rule
         self._tasks = tasks
         self._before = self._state = state
-        self._losses = losses.masked_fill(~present, torch.nan)
         self._generator = generator
         self._start = generator.get_state()
         self._scale = scale
+        self._losses = losses
+        self._present = present
+        self._ranks = ranks
         self._undoable = undoable
         self._old: dict[int, Tensor | None] = {}
         self._random: list[Tensor] = []  # the generator's state ahead of each level, and after the last
         self._finite: list[Tensor] = []
         self._done: list[tuple[int, Level, Tensor, Tensor]] = []  # depth, level, Gram and mixing matrices
         self.loss_weights: Tensor | None = None
-        if implements(rule, "weigh"):
-            # Weights multiply rows, not losses: they are those of the whole step, however many backward passes it had.
-            self.loss_weights, self._state = rule.weigh(losses, state, active=present, generator=generator)
-            self._finite.append(losses.isfinite().all())
 
     @torch.no_grad()
     def add(self, parameters: Sequence[int] | None = None) -> None:
@@ -73,8 +74,19 @@ class Combination:
         gradients = self._gradients
         gradients.align(parameters)
         plan = gradients.plan(self._tasks, parameters)
-        for depth, level in enumerate(plan.levels):
-            gram = level.gram(gradients.rows, gradients.dtype)
+        alone = set(plan.alone) if self._before else ()
+        for p, combined in self._ranks.gather(self._combined(plan)):
+            if p in alone:
+                values = combined._values() if combined.is_sparse else combined
+                self._finite.append(values.isfinite().all().to(gradients.device))
+            self._accumulate(p, combined)
+
+    def _combined(self, plan: Plan) -> Iterator[tuple[int, Tensor]]:
+        gradients = self._gradients
+        grams = [level.gram(gradients.rows, gradients.dtype) for level in plan.levels]
+        *grams, self._losses = self._ranks.sum([*grams, self._losses])
+        self._weigh()
+        for depth, (level, gram) in enumerate(zip(plan.levels, grams, strict=True)):
             if self._scale is not None:
                 gram = gram / self._scale.to(gram) ** 2
             if self.loss_weights is not None:
@@ -85,16 +97,19 @@ class Combination:
             coefficients = (mixing * level.active[:, :, None]).sum(-2)
             if self.loss_weights is not None:
                 coefficients = coefficients * self.loss_weights
-            for p, combined in level.combine(gradients.rows, coefficients):
-                self._accumulate(p, combined)
+            yield from level.combine(gradients.rows, coefficients)
         for p in plan.alone:
             rows = gradients.rows[p]
-            combined = rows.alone() if self.loss_weights is None else rows.combine(self.loss_weights[rows.tasks[0], None])
-            if self._before:
-                values = combined._values() if combined.is_sparse else combined
-                self._finite.append(values.isfinite().all().to(gradients.device))
-            self._accumulate(p, combined)
+            yield p, rows.alone() if self.loss_weights is None else rows.combine(self.loss_weights[rows.tasks[0], None])
             gradients.rows[p].clear()
+
+    def _weigh(self) -> None:
+        # Weights multiply rows, not losses: they are those of the whole step, however many backward passes it had.
+        if self.loss_weights is None and implements(self._rule, "weigh"):
+            self.loss_weights, self._state = self._rule.weigh(
+                self._losses, self._state, active=self._present, generator=self._generator
+            )
+            self._finite.append(self._losses.isfinite().all())
 
     def _accumulate(self, p: int, combined: Tensor) -> None:
         if self._undoable:
@@ -134,7 +149,7 @@ class Combination:
     @torch.no_grad()
     def finish(self) -> tuple[Step, State]:
         """The record of what was seen and done, and the rule's new state."""
-        losses = self._losses
+        losses = self._losses.masked_fill(~self._present, torch.nan)
         if self._random:
             self._generator.set_state(self._random[-1])
         cells = [(depth, cell.group, cell.name) for depth, level, _, _ in self._done for cell in level.cells]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Sequence
 
@@ -43,11 +44,21 @@ class TaskGradients:
         self.arena = Arena(keep=_KEPT * sum(p.numel() * p.element_size() for p in self.parameters))
         self.rows = [Rows(self.arena) for _ in named]
         self.groups: Groups = partition(spec, named, model)
-        self.device = self.parameters[0].device
-        self.dtype = torch.float32 if self.device.type == "mps" else torch.float64  # MPS has no float64
+        self.locate()
         index = {name: g for g, group in enumerate(self.groups) for name in self.groups[group]}
         self.group_of = [index[name] for name in self.names]
+
+    def locate(self) -> None:
+        """Notes the device where the parameters are."""
+        self.device = self.parameters[0].device
+        self.dtype = torch.float32 if self.device.type == "mps" else torch.float64  # MPS has no float64
         self._plans: dict[tuple[Reach, tuple[str, ...]], Plan] = {}
+
+    def with_rows(self, rows: list[Rows]) -> TaskGradients:
+        """The same parameters, with other rows."""
+        result = copy.copy(self)
+        result.rows = rows
+        return result
 
     def expect(self, tasks: Sequence[int]) -> None:
         """Says that a step with these tasks begins."""

@@ -48,17 +48,8 @@ class Groups(Mapping[str, tuple[str, ...]]):
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model itself, out of wrappers that only change its parameters' names.
-
-    Raises:
-        ValueError: for a DistributedDataParallel model.
-    """
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise ValueError(
-            "`model` is a DistributedDataParallel, whose all-reduce would never see the gradients: each rank would step on "
-            "its own. Pass model.module, and all-reduce p.grad between combine() and step()."
-        )
-    if isinstance(model, nn.DataParallel):
+    """The model itself, out of wrappers that only change its parameters' names."""
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return unwrap(model.module)
     inner = getattr(model, "_orig_mod", None)  # torch.compile
     return unwrap(inner) if isinstance(inner, nn.Module) else model

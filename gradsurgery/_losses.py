@@ -27,19 +27,20 @@ def task_names(losses: Losses) -> list[str]:
     return list(losses) if isinstance(losses, Mapping) else [str(i) for i in range(len(losses))]
 
 
-def read_losses(losses: Losses, tasks: Sequence[str] | None) -> list[Loss]:
+def read_losses(losses: Losses, tasks: Sequence[str] | None, *, none: bool = False) -> list[Loss]:
     """Losses of the tasks that are there, in the order given, each checked.
 
     Args:
         losses: name → scalar loss; or one scalar loss per task, in order; or a 1-D tensor of them. None means absent.
         tasks: names of the tasks, if they are known.
+        none: whether it may be that there is no loss.
 
     Raises:
         ValueError: if there is no loss, a loss is no scalar or has no graph, or the tasks do not fit.
         TypeError: if something is of another type.
     """
     found = list(_named(losses, tasks))
-    if not found:
+    if not found and not none:
         raise ValueError("No losses: `backward` needs the loss of at least one task. Found none, or only None.")
     for loss in found:
         if not loss.value.requires_grad:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._counts import Counts
+
 TaskIds = Tensor | Sequence[int] | Sequence[str]
 
 
@@ -75,6 +77,11 @@ class MixedBatch:
     def labels(self, losses: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.int32]]:
         """The task of each loss, ``[B, 1, ...]``."""
         return self.task_of.reshape((-1,) + (1,) * (losses.dim() - 1))
+
+    def counts(self, losses: Tensor) -> Counts:
+        """How many losses each task has."""
+        numbers = np.bincount(self.task_of, minlength=len(self.tasks)) * losses[0].numel()
+        return Counts(tuple(map(float, numbers)), "mixed" if self.reduction == "mean" else "sum")
 
     def on(self, device: torch.device) -> Tensor:
         """The task of each sample, ``[B]``."""

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar, overload
 
 import torch
 from torch import nn
 
+from ._compile import is_compiled, left_out, prepare, say, uncompiled
 from ._gradients import TaskGradients
 from ._groups import Groups, GroupSpec, unwrap
 from ._losses import Losses
 from ._mixed import MixedBatch, TaskIds
-from ._rule import Rule, State
+from ._ranks import ProcessGroup, ranks_of
+from ._rule import Rule, State, implements
 from ._state import carried, check_match, loaded
 from ._step import Step
 from ._stream import Streaming
@@ -65,6 +67,17 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             backward pass of weighted losses, with no rows, no Gram matrix and no call of the rule: :attr:`last`, the
             rule's weights of losses and its state stay as they are. Exact for one surgery group. With several, whose
             weights differ, one set of weights serves all: the one whose combined gradient was nearest to theirs.
+        measure: compute each task's gradient also where the rule does not need it. With False, and a rule that weighs
+            losses and does no more, or does nothing (``Sum``), a step is as cheap as plain training: one backward pass of
+            the weighted losses. :attr:`last` then knows losses and weights only, and the weights of a step of several
+            backward passes are those of its first.
+        process_group: the data-parallel processes that train the model together; each task's gradient is then the mean over
+            the samples of all of them, and all step alike. A process group of ``torch.distributed``; True for the default
+            one; False for a process that trains by itself; None for that of the DistributedDataParallel that ``model`` is.
+        reduce: what is added up over the processes: ``"rows"``, each task's gradients, exact; or ``"result"``, cheap: Gram
+            matrices are estimated by the mean over the processes of those of their own rows.
+        check_ranks: look after each step whether the rule's state, the random generator, parameters and gradients are equal
+            on all processes. For debugging: it reads all of them.
 
     Attributes:
         optimizer: the optimizer inside.
@@ -108,6 +121,10 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         verify: bool = True,
         stream: bool | None = None,
         every: int = 1,
+        measure: bool = True,
+        process_group: ProcessGroup = None,
+        reduce: str = "rows",
+        check_ranks: bool = False,
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"`optimizer` must be a torch.optim.Optimizer. Found {type(optimizer).__name__}.")
@@ -123,23 +140,36 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             raise ValueError(
                 f"nonfinite={nonfinite!r} needs every=1: a step that reuses a mixing has no gradients of single tasks."
             )
+        if not measure:
+            if moments := [moment for moment in ("mix", "observe") if implements(rule, moment)]:
+                raise ValueError(
+                    f"measure=False is for rules that only weigh losses, or do nothing. {rule} needs each task's gradient, "
+                    f"in {' and '.join(moments)}()."
+                )
+            if nonfinite != "propagate" or every > 1:
+                setting = f"nonfinite={nonfinite!r}" if nonfinite != "propagate" else f"every={every}"
+                raise ValueError(f"{setting} is about gradients of single tasks, which measure=False does not compute.")
         if nonfinite != "propagate" and source == "batched":
             raise ValueError(
                 f"nonfinite={nonfinite!r} needs source='autograd': in a vectorised pass, one task's inf or nan reaches the "
                 "gradients of all others."
             )
+        prepare()
         self.optimizer = optimizer
+        self._compiled = model is not None and is_compiled(model)
         self._model = None if model is None else unwrap(model)
         self._spec = groups
         self._surgery = Surgery(
             TaskGradients(optimizer, self._model, groups),
             rule,
             source_named(source, chunk_size),
+            ranks_of(model, process_group, reduce=reduce, check=check_ranks),
             nonfinite=nonfinite,
             seed=seed,
             verify=verify,
             stream=stream,
             every=every,
+            measure=measure,
         )
         if tasks is not None:
             self._surgery.set_tasks(map(str, range(tasks)) if isinstance(tasks, int) else tasks)
@@ -180,13 +210,16 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         except BaseException:
             self.optimizer.param_groups.pop()
             raise
+        surgery.ranks.renew()
         if surgery.tasks is not None:
             surgery.state = carried(surgery.state, old, surgery.fresh_state(surgery.tasks), list(self.groups))
 
+    @left_out
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Resets ``p.grad``, and forgets gradients that have not been combined."""
         self.optimizer.zero_grad(set_to_none)
         self._surgery.forget()
+        self._surgery.ranks.reopen()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -200,15 +233,19 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         """
         if closure is None:
             self.combine()
+            self._surgery.ranks.reopen()
             return self.optimizer.step()
 
         def evaluate() -> Any:
+            self._surgery.ranks.reopen()
             with torch.enable_grad():
                 value = closure()
             self.combine()
             return value
 
-        return self.optimizer.step(evaluate)
+        result = self.optimizer.step(evaluate)
+        self._surgery.ranks.reopen()
+        return result
 
     # --- Per-task gradients -------------------------------------------------------------------------------------------
 
@@ -255,13 +292,27 @@ class SurgeryOptimizer(torch.optim.Optimizer):
                 "each split(), or zero_grad() to forget it."
             )
         surgery.split = MixedBatch(task_ids, surgery.tasks, reduction)
+        if self._compiled:
+            say(
+                "Inside split(), compiled models run as they are: one backward pass for all tasks takes less than a "
+                "compiled one for each."
+            )
         try:
-            yield
+            with uncompiled():
+                yield
         except BaseException:
             surgery.split = None
             raise
 
-    def backward(self, losses: Losses, *, scaler: torch.amp.GradScaler | None = None, retain_graph: bool = False) -> None:
+    @left_out
+    def backward(
+        self,
+        losses: Losses,
+        *,
+        scaler: torch.amp.GradScaler | None = None,
+        retain_graph: bool = False,
+        samples: Mapping[str, float] | None = None,
+    ) -> None:
         """Computes each task's gradients, and adds them to its rows.
 
         Args:
@@ -272,6 +323,9 @@ class SurgeryOptimizer(torch.optim.Optimizer):
                 :meth:`combine` before ``scaler.unscale_`` or ``scaler.step``. Losses scaled by hand,
                 ``scaler.scale(loss)``, also work with rules for which a common factor makes no difference.
             retain_graph: keep the graph of the last loss too.
+            samples: task → number of samples (or of tokens, or what its loss is the mean of), for a ``process_group``: what
+                this process's loss counts among those of all. Without it, all processes on which the task is present count
+                alike. Mixed batches are counted anyway. One process by itself has no use for it.
 
         Raises:
             ValueError: without losses, and for a loss that is no scalar, has no graph, is of an unknown task, or reaches
@@ -285,8 +339,42 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             In a 1-D tensor, each task reaches whatever the tensor depends on, except directly behind ``torch.stack`` or
             ``torch.cat`` where the tasks are still apart. With heads of their own, pass a mapping.
         """
-        self._surgery.backward(losses, scaler, retain_graph)
+        self._surgery.backward(losses, scaler, retain_graph, samples)
 
+    @left_out
+    def joint_loss(
+        self, losses: Losses, *, scaler: torch.amp.GradScaler | None = None, combine: bool = False
+    ) -> torch.Tensor:
+        """One loss for all tasks, for a loop that calls ``loss.backward()`` itself: it does what :meth:`backward` does.
+
+        Whatever the loop multiplies the loss with before (one over the number of accumulated passes, a scaler's scale), the
+        tasks' gradients are multiplied with. Further terms that are added to it reach ``p.grad`` past the rule.
+
+        Args:
+            losses: as for :meth:`backward`, after :meth:`split` too. Every forward pass has one joint loss.
+            scaler: the ``GradScaler`` that will scale the loss, if any: rules see the gradients without its scale.
+            combine: whether the backward pass ends with :meth:`combine`, for a loop that leaves no place for it. No more
+                gradients may then come before the step.
+
+        Returns:
+            The sum of the tasks' losses, without their graphs.
+
+        Raises:
+            ValueError: as :meth:`backward`, now or in the backward pass.
+            RuntimeError: in the backward pass, if it is the second, or if the step's gradients were combined before.
+
+        Example:
+            >>> import torch, gradsurgery as gs
+            >>> model = torch.nn.Linear(2, 1)
+            >>> opt = gs.SurgeryOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), gs.PCGrad(), model=model)
+            >>> x = torch.randn(8, 2)
+            >>> loss = opt.joint_loss({"up": -model(x).mean(), "down": model(x).square().mean()})
+            >>> (loss / 4).backward()
+            >>> opt.step()
+        """
+        return self._surgery.joint_loss(losses, scaler, combine)
+
+    @left_out
     def combine(self) -> None:
         """Lets the rule operate on the rows, adds the result to ``p.grad``, and frees the rows.
 
@@ -345,6 +433,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         of tasks and groups. Gradients are not in it: save after a step."""
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
+        self._surgery.settle()
         state = self.optimizer.state_dict()
         state["surgery"] = {
             **self._identity(),
@@ -369,6 +458,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else dict(replaced)
         saved, surgery = state_dict.pop("surgery", None), self._surgery
+        surgery.settle()
         if saved is None:
             raise ValueError(
                 "This is the checkpoint of a plain optimizer: it has no entry 'surgery'. To start surgery from it, load it "
@@ -386,6 +476,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         surgery.generator.set_state(saved["generator"].cpu())
         surgery.skipped = dict(saved["skipped"])
         surgery.reuse.load_state_dict(saved.get("reuse", {}), surgery.gradients)
+        surgery.ranks.renew()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from ._groups import some
 from ._optimizer import SurgeryOptimizer
-from ._step import Step
+from ._step import Step, figures
 
 Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
@@ -36,8 +36,7 @@ class Recorder:
     Args:
         optimizer: what to listen to; None for a recording that is loaded, or filled by :meth:`record`.
         every: record each so many steps.
-        writer: gets scalars for every recorded step, under ``surgery/``: the loss of each task, and for each surgery group
-            the mean cosine, the share of pairs in conflict, and the share operated on.
+        writer: gets the :meth:`Step.figures` of every recorded step.
         start: number of the first step, for a run that is resumed.
 
     Raises:
@@ -235,13 +234,6 @@ class Recorder:
         self._cosines.append(dict(zip(groups, cosines, strict=True)))
         self._operated.append(dict(zip(groups, operated, strict=True)))
         self._losses.append(losses)
-        if self._writer is None:
-            return
-        for task, loss in zip(self.tasks, losses, strict=True):
-            if not np.isnan(loss):
-                self._writer.add_scalar(f"surgery/loss/{task}", float(loss), number)
-        for c, name in enumerate(groups):
-            if measured := int(np.isfinite(cosines[c]).sum()):
-                self._writer.add_scalar(f"surgery/cosine/{name}", float(np.nanmean(cosines[c])), number)
-                self._writer.add_scalar(f"surgery/conflict/{name}", float((cosines[c] < 0).sum() / measured), number)
-                self._writer.add_scalar(f"surgery/operated/{name}", float(operated[c].sum() / measured), number)
+        if self._writer is not None:
+            for tag, value in figures(self.tasks, groups, losses, cosines, operated).items():
+                self._writer.add_scalar(tag, value, number)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +15,10 @@ _RIDGE = 1e-3
 
 
 class Reuse:
-    """Surgery at every ``n``-th step, and what it found for those in between.
+    """Surgery at every ``n``-th step, and what it found for those in between; or no surgery at all.
 
     Args:
-        every: ``n``.
+        every: ``n``; 0 if there is none, and the weights are set for each step.
 
     Attributes:
         steps: how many steps there have been.
@@ -35,8 +35,8 @@ class Reuse:
 
     @property
     def rests(self) -> bool:
-        """Whether the step that comes reuses the last mixing."""
-        return len(self.weights) > 0 and self.steps % self.every != 0
+        """Whether the step that comes is one backward pass of weighted losses."""
+        return not self.every or (len(self.weights) > 0 and self.steps % self.every != 0)
 
     def learn(self, step: Step, gradients: TaskGradients, shared: Sequence[int]) -> None:
         """Takes over the weights that a step with surgery found."""
@@ -54,8 +54,9 @@ class Reuse:
         weighted: Sequence[Tensor],
         gradients: TaskGradients,
         retain_graph: bool,
+        add: Callable[[int, Tensor], None],
     ) -> None:
-        """Adds to ``p.grad``: with the weighted seeds for shared parameters, with the others for those of one task."""
+        """Hands ``add`` each gradient: from weighted seeds for shared parameters, from the others for those of one task."""
         trained = [p for p, parameter in enumerate(gradients.parameters) if parameter.requires_grad]
         shared = [p for p in trained if gradients.names[p] in self.shared]
         alone = [p for p in trained if gradients.names[p] not in self.shared]
@@ -65,7 +66,7 @@ class Reuse:
                 found = torch.autograd.grad(outputs, parameters, starts, retain_graph=keep, allow_unused=True)
                 for p, gradient in zip(chosen, found, strict=True):
                     if gradient is not None:
-                        gradients.accumulate(p, gradient)
+                        add(p, gradient)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""

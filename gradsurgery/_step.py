@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -78,9 +81,47 @@ class Step:
         """
         return [(self.groups[c], self.tasks[i], self.tasks[j]) for c, i, j in mask.nonzero().tolist()]
 
+    def figures(self) -> dict[str, float]:
+        """What to log: the loss of each task; and for each cell the mean cosine, the share of pairs in conflict, and
+        the share operated on; without what is not there. Waits for the device.
+
+        Example:
+            >>> import torch, gradsurgery as gs
+            >>> x = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+            >>> opt = gs.SurgeryOptimizer(torch.optim.SGD([x], lr=0.1), gs.PCGrad())
+            >>> opt.backward({"a": x.sum(), "b": -x[0]})
+            >>> opt.step()
+            >>> for name, value in opt.last.figures().items():
+            ...     print(f"{name} {value:.2f}")
+            surgery/loss/a 3.00
+            surgery/loss/b -1.00
+            surgery/cosine/model -0.71
+            surgery/conflict/model 1.00
+            surgery/operated/model 1.00
+        """
+        host = (tensor.float().cpu().numpy() for tensor in (self.losses, self.cosines, self.operated))
+        return figures(self.tasks, self.groups, *host)
+
     def __repr__(self) -> str:
         pairs = int(self.pairs.sum())
         share = (f"{int(mask.sum())} of {pairs} pairs" for mask in (self.conflicts, self.operated))
         return f"Step({len(self.tasks)} tasks, {len(self.groups)} groups: " + "{} in conflict, {} operated on)".format(
             *share
         )
+
+
+def figures(
+    tasks: Sequence[str],
+    groups: Sequence[str],
+    losses: npt.NDArray[np.float32],
+    cosines: npt.NDArray[np.float32],
+    operated: npt.NDArray[np.generic],
+) -> dict[str, float]:
+    """As :meth:`Step.figures`, of ``[K]`` losses, ``[C, K, K]`` cosines and ``[C, K, K]`` operated pairs."""
+    result = {f"surgery/loss/{task}": float(loss) for task, loss in zip(tasks, losses, strict=True) if not np.isnan(loss)}
+    for c, name in enumerate(groups):
+        if pairs := int(np.isfinite(cosines[c]).sum()):
+            result[f"surgery/cosine/{name}"] = float(np.nanmean(cosines[c]))
+            result[f"surgery/conflict/{name}"] = float((cosines[c] < 0).sum() / pairs)
+            result[f"surgery/operated/{name}"] = float(operated[c].sum() / pairs)
+    return result

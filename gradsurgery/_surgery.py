@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._buffer import Rows
 from ._combination import Combination
+from ._counts import Counts, read_samples
 from ._gradients import TaskGradients
+from ._joint import joint_loss
 from ._losses import Losses, read_losses, task_names
 from ._mixed import MixedBatch
+from ._ranks import Meeting, Ranks
 from ._reuse import Reuse
 from ._rule import Rule, State, implements
+from ._state import guarded, loaded
 from ._step import Step
 from ._stream import Stream, Streaming
 from .sources import Root, Source
@@ -51,6 +55,14 @@ def _donated_buffers_explained() -> Iterator[None]:
         ) from error
 
 
+class Weighed(NamedTuple):
+    """The losses of a step that were weighed ahead of its backward passes, which tasks they are of, and the new state."""
+
+    losses: Tensor
+    present: Tensor
+    state: State
+
+
 class Surgery:
     """Per-task gradients of a step, and what becomes of them.
 
@@ -58,7 +70,8 @@ class Surgery:
         gradients: the rows.
         rule: operates on them.
         source: computes them, from one loss per task.
-        nonfinite, verify, stream, every: as for :class:`SurgeryOptimizer`.
+        ranks: the processes that train together.
+        nonfinite, verify, stream, every, measure: as for :class:`SurgeryOptimizer`.
         seed: of the generator.
 
     Attributes:
@@ -76,12 +89,14 @@ class Surgery:
         gradients: TaskGradients,
         rule: Rule,
         source: Source,
+        ranks: Ranks,
         *,
         nonfinite: str,
         seed: int,
         verify: bool,
         stream: bool | None,
         every: int,
+        measure: bool,
     ) -> None:
         self.gradients = gradients
         self.rule = rule
@@ -89,14 +104,17 @@ class Surgery:
         self.nonfinite = nonfinite
         self.tasks: tuple[str, ...] | None = None
         self.state: State = {}
+        self._seed = seed
         self.generator = torch.Generator(gradients.device).manual_seed(seed)
         self.last: Step | None = None
         self.skipped: dict[str, int] = {}
-        self.reuse = Reuse(every)
+        self.reuse = Reuse(every if measure else 0)
         self._verify = verify
         self._stream = stream
         self._usual_passes = 0  # most backward passes that a step had
         self._indices: dict[tuple[int, ...], Tensor] = {}
+        self.ranks = ranks
+        ranks.join(self)
         self.forget()
 
     def forget(self) -> None:
@@ -104,10 +122,12 @@ class Surgery:
         self.gradients.clear()
         self.passes: list[tuple[Tensor, Tensor]] = []  # of this step: losses, and which tasks were there
         self.split: MixedBatch | None = None
-        self._scale: Tensor | None = None  # of the losses, by a GradScaler
+        self.scale: Tensor | None = None  # of the losses, by a GradScaler
         self._rested = False  # this step reuses a mixing: its gradients are in p.grad already
-        self._streamed = False  # this step's surgery is done already
         self._sits_out: tuple[int, ...] = ()  # tasks of this step whose gradients are not finite
+        self._done = ""  # how, if this step's surgery is done already
+        self._weighed: Weighed | None = None  # by a rule that weighs losses ahead of the backward pass
+        self.ranks.forget()
 
     @property
     def due(self) -> bool:
@@ -127,23 +147,47 @@ class Surgery:
             raise ValueError(f"`tasks` must be names, at least one. Found {names!r}.")
         self.state = self.fresh_state(names)
         self.tasks = names
+        self.ranks.renew()
 
     def fresh_state(self, tasks: tuple[str, ...]) -> State:
         """The rule's state before the first step."""
         gradients = self.gradients
         return self.rule.init(tasks, tuple(gradients.groups), device=gradients.device, dtype=gradients.dtype)
 
+    def settle(self) -> None:
+        """Follows the parameters to another device, if the model was moved after its optimizer was made.
+
+        The generator starts afresh there: those of different devices share no state.
+        """
+        gradients = self.gradients
+        if gradients.parameters[0].device == gradients.device:
+            return
+        gradients.locate()
+        self.forget()
+        self.generator = torch.Generator(gradients.device).manual_seed(self._seed)
+        self._indices.clear()
+        if self.tasks is not None:
+            self.state = loaded(self.state, self.fresh_state(self.tasks))
+        self.reuse.load_state_dict(self.reuse.state_dict(), gradients)
+
     def why_not_streaming(self) -> str:
         """The reason; empty if surgery can happen inside the backward pass."""
         if self._stream is False:
             return "stream=False"
+        if self.weighs_ahead:
+            return "measure=False: there are no gradients of single tasks"
         if len(self.gradients.groups) == 1:
             return "there is one surgery group, which is complete at the end of the backward pass"
         if not self.rule.separable:
             return f"{self.rule} needs all surgery groups at a time"
         if self.nonfinite != "propagate":
             return f"nonfinite={self.nonfinite!r} looks at all gradients of a task before any are combined"
-        return ""
+        return self.ranks.why_not_streaming
+
+    @property
+    def weighs_ahead(self) -> bool:
+        """Whether losses are weighed ahead of the backward pass."""
+        return not self.reuse.every
 
     @property
     def streaming(self) -> Streaming:
@@ -151,38 +195,85 @@ class Surgery:
         why = self.why_not_streaming()
         return Streaming(not why, why)
 
-    def backward(self, losses: Losses, scaler: torch.amp.GradScaler | None, retain_graph: bool) -> None:
+    def joint_loss(self, losses: Losses, scaler: torch.amp.GradScaler | None, combine: bool) -> Tensor:
+        """As :meth:`SurgeryOptimizer.joint_loss`."""
+        self.settle()
+        batch, self.split = self.split, None
+        if batch is not None:
+            checked = batch.check(losses)
+            value = batch.values(checked, self.per_task).sum().to(checked.dtype)
+        else:
+            value = torch.stack([loss.value.detach().reshape(()) for loss in read_losses(losses, self.tasks)]).sum()
+        if value.dtype.itemsize < 4:
+            value = value.float()  # whose gradient may be a scaler's scale, too large for half precision
+
+        def run(seed: Tensor) -> None:
+            self._add(losses, batch, scaler, seed=seed)
+            if combine:
+                self.combine()
+                self._done = "combined by the joint loss"
+
+        return joint_loss(value, run)
+
+    def backward(
+        self,
+        losses: Losses,
+        scaler: torch.amp.GradScaler | None,
+        retain_graph: bool,
+        samples: Mapping[str, float] | None = None,
+    ) -> None:
         """As :meth:`SurgeryOptimizer.backward`."""
-        if self._streamed:
-            raise RuntimeError(
-                f"backward() once more in a step that had {self._usual_passes} of them at most so far: this step's surgery "
-                "has been streamed, and cannot take in more gradients. Make the optimizer with stream=False, or call "
-                "step() first."
-            )
+        self.settle()
+        batch, self.split = self.split, None
+        self._add(losses, batch, scaler, retain_graph=retain_graph, samples=samples)
+
+    def _add(
+        self,
+        losses: Losses,
+        batch: MixedBatch | None,
+        scaler: torch.amp.GradScaler | None,
+        *,
+        seed: Tensor | None = None,
+        retain_graph: bool = False,
+        samples: Mapping[str, float] | None = None,
+    ) -> None:
+        """Adds each task's gradients to its rows: those of the losses, times ``scaler``'s scale; or times ``seed``."""
+        self._check_open()
         before = self.tasks, self.state
         try:
-            if self.split is not None:
-                batch, self.split = self.split, None
-                self._backward_mixed(batch.check(losses), batch, scaler, retain_graph)
+            if batch is not None:
+                if samples is not None:
+                    raise ValueError(
+                        "`samples` is for losses of tasks: a mixed batch is counted. Leave it out after split()."
+                    )
+                self._backward_mixed(batch.check(losses), batch, scaler, seed, retain_graph)
             else:
-                self._backward_tasks(losses, scaler, retain_graph)
+                self._backward_tasks(losses, scaler, seed, retain_graph, samples)
         except _Partial as partial:
             self.forget()
             self.tasks, self.state = before
             raise partial.__cause__ from None  # type: ignore[misc]
 
-    def _backward_tasks(self, losses: Losses, scaler: torch.amp.GradScaler | None, retain_graph: bool) -> None:
-        found = read_losses(losses, self.tasks)
+    def _backward_tasks(
+        self,
+        losses: Losses,
+        scaler: torch.amp.GradScaler | None,
+        seed: Tensor | None,
+        retain_graph: bool,
+        samples: Mapping[str, float] | None,
+    ) -> None:
+        found = read_losses(losses, self.tasks, none=self.ranks.size > 1)
         if self.tasks is None:
             self.set_tasks(task_names(losses))
         assert self.tasks is not None
         index = {name: k for k, name in enumerate(self.tasks)}
-        like = self._per_task
+        like = self.per_task
         values = like.index_put(
             (self._index(tuple(index[loss.name] for loss in found)),),
-            torch.stack([loss.value.detach().reshape(()).to(like) for loss in found]),
+            torch.stack([loss.value.detach().reshape(()).to(like) for loss in found]) if found else like[:0],
         )
-        factors, parameters, rows = self._begin(values, [index[loss.name] for loss in found], scaler)
+        counts = read_samples(samples, [loss.name for loss in found], self.tasks)
+        factors, parameters, rows = self._begin(values, [index[loss.name] for loss in found], scaler, seed, counts)
         roots = [
             Root(index[loss.name], loss.name, loss.output, factors[index[loss.name]].to(loss.value).expand(loss.shape))
             for loss in found
@@ -193,21 +284,28 @@ class Surgery:
                 for weights in (self.reuse.own, self.reuse.weights)
             )
             with _partial():
-                self.reuse.gradients([root.output for root in roots], own, shared, self.gradients, retain_graph)
+                outputs = [root.output for root in roots]
+                self.reuse.gradients(outputs, own, shared, self.gradients, retain_graph, self._add_rested)
             return
         with _partial():
             self.source(roots, parameters, rows, retain_graph=retain_graph)
 
     def _backward_mixed(
-        self, losses: Tensor, batch: MixedBatch, scaler: torch.amp.GradScaler | None, retain_graph: bool
+        self,
+        losses: Tensor,
+        batch: MixedBatch,
+        scaler: torch.amp.GradScaler | None,
+        seed: Tensor | None,
+        retain_graph: bool,
     ) -> None:
         verify = self._verify and not self.due
-        factors, parameters, rows = self._begin(batch.values(losses, self._per_task), batch.present, scaler)
+        values = batch.values(losses, self.per_task)
+        factors, parameters, rows = self._begin(values, batch.present, scaler, seed, batch.counts(losses))
         names = [n for n, p in zip(self.gradients.names, self.gradients.parameters, strict=True) if p.requires_grad]
         if self._rested:
             own, shared = ([batch.seeds(losses, factors * w)] for w in (self.reuse.own, self.reuse.weights))
             with _partial():
-                self.reuse.gradients([losses], own, shared, self.gradients, retain_graph)
+                self.reuse.gradients([losses], own, shared, self.gradients, retain_graph, self._add_rested)
             return
         seeds = batch.seeds(losses, factors)
         stream = bool(self.streaming) and not verify and self._usual_passes == len(self.passes) > 0
@@ -233,7 +331,7 @@ class Surgery:
 
     def _run_streaming(self, single: Pass, seeds: Tensor, retain_graph: bool) -> None:
         trained = [p for p, parameter in enumerate(self.gradients.parameters) if parameter.requires_grad]
-        combination = self._combination(undoable=True)
+        combination = self._combination(self.gradients, undoable=True)
         stream = Stream(self.gradients, combination, [trained[i] for i in single.reached])
         try:
             single.run(seeds, retain_graph=retain_graph, complete=lambda i: stream.complete(trained[i]))
@@ -242,20 +340,48 @@ class Surgery:
             combination.undo()
             raise
         self._finish(combination)
-        self._streamed = True
+        self._done = "streamed"
+
+    def _check_open(self) -> None:
+        """Raises unless this step can take in more gradients.
+
+        A scaler that skips a step calls no ``step()``, and some loops call ``model.zero_grad()`` instead of ours; but then
+        the gradients are gone.
+        """
+        if self._done and any(parameter.grad is not None for parameter in self.gradients.parameters):
+            raise RuntimeError(
+                f"backward() once more in a step that had {self._usual_passes} of them at most so far: this step's surgery "
+                f"has been {self._done}, and cannot take in more gradients. "
+                + {
+                    "streamed": "Make the optimizer with stream=False, or call step() first.",
+                    "combined by the joint loss": "Put all losses of a forward pass into one joint loss, and step() after.",
+                }[self._done]
+            )
+        self._done = ""
 
     def _begin(
-        self, values: Tensor, tasks: Iterable[int], scaler: torch.amp.GradScaler | None
+        self, values: Tensor, tasks: Iterable[int], scaler: torch.amp.GradScaler | None, seed: Tensor | None, counts: Counts
     ) -> tuple[Tensor, list[Tensor], list[Rows]]:
         """What comes before a backward pass: the tasks' factors ``[K]``, and the parameters and rows that are trained."""
         tasks = list(tasks)
         present = torch.zeros_like(values, dtype=torch.bool).index_fill(0, self._index(tuple(tasks)), True)
+        self._rested = self.reuse.rests
+        meeting = self.ranks.meet(values, present, counts, ahead=self._rested)
+        if self.weighs_ahead:
+            self.weigh(meeting)
+        shares = meeting.shares
         factors = torch.ones_like(values)
+        if shares is not None:
+            factors, values = factors * shares, values * shares
         gradients = self.gradients
         if scaler is not None:
-            self._scale = scaler.scale(torch.ones((), device=gradients.device))
-            factors = factors * self._scale
-        self._rested = self.reuse.rests
+            self.scale = scaler.scale(torch.ones((), device=gradients.device))
+        if seed is None:
+            seed = self.scale if scaler is not None else None
+        else:  # the share of this pass in the step is the seed without the scale
+            values = values * (seed if scaler is None or self.scale is None else seed / self.scale)
+        if seed is not None:
+            factors = factors * seed
         if not self._rested:
             if not self.due:
                 gradients.expect(tasks)
@@ -264,38 +390,93 @@ class Surgery:
         return factors, [gradients.parameters[p] for p in trained], [gradients.rows[p] for p in trained]
 
     @torch.no_grad()
+    def weigh(self, meeting: Meeting) -> None:
+        """Weighs losses ahead of a backward pass: in a step's first one, for all of the step."""
+        losses, present = meeting.losses, meeting.present
+        if self._weighed is None:
+            weights, state = torch.ones_like(losses), self.state
+            if implements(self.rule, "weigh"):
+                weights, state = self.rule.weigh(losses, state, active=present, generator=self.generator)
+            self.reuse.weights = self.reuse.own = weights
+            self._weighed = Weighed(losses, present, state)
+        else:
+            self._weighed = Weighed(self._weighed.losses + losses, self._weighed.present | present, self._weighed.state)
+
+    @torch.no_grad()
     def combine(self) -> None:
         """As :meth:`SurgeryOptimizer.combine`."""
-        self._streamed = False
-        if self._rested:
-            self.reuse.steps += 1
-            self.forget()
-        if not self.due:
-            return
+        self._done = ""
+        try:
+            if self.ranks.settle(self.due or self._rested):
+                if self._rested or (not self.due and self.reuse.rests):
+                    self._finish_rested()
+                else:
+                    self._operate()
+        except BaseException:
+            if self.ranks.size > 1:
+                self.forget()
+            raise
+
+    def _operate(self) -> None:
         assert self.tasks is not None
+        gradients = self.ranks.reduce(self.gradients)
         if self.nonfinite != "propagate":
-            self.gradients.align()
-            self._check_finite(self.tasks)
-        combination = self._combination()
+            gradients.align()
+            self._check_finite(self.tasks, gradients)
+        combination = self._combination(gradients)
         combination.add()
         self._finish(combination)
 
-    def _combination(self, *, undoable: bool = False) -> Combination:
+    def _add_rested(self, p: int, gradient: Tensor) -> None:
+        if self.ranks.size == 1:
+            self.gradients.accumulate(p, gradient)
+        else:  # to be added up over the ranks: the rows of a single task, as it were
+            self.gradients.rows[p].add(0, gradient)
+
+    def _finish_rested(self) -> None:
+        if self.ranks.size > 1:
+            gradients = self.ranks.reduce(self.gradients)
+            combined = ((p, rows.alone()) for p, rows in enumerate(gradients.rows) if rows.tasks)
+            for p, whole in self.ranks.gather(combined):
+                gradients.accumulate(p, whole)
+        if self._weighed is not None:
+            self._finish_weighed(self._weighed)
+        self.reuse.steps += 1
+        self.forget()
+
+    def _finish_weighed(self, weighed: Weighed) -> None:
         assert self.tasks is not None
-        losses, present = (torch.stack(values) for values in zip(*self.passes, strict=True))
-        there = present.any(0)
+        if self.state:
+            found = [parameter.grad for parameter in self.gradients.parameters if parameter.grad is not None]
+            values = [weighed.losses, *(gradient._values() if gradient.is_sparse else gradient for gradient in found)]
+            finite = [value.isfinite().all().to(self.gradients.device) for value in values]
+            self.state = guarded(finite, old=self.state, new=weighed.state)
+        count = len(self.tasks)
+        none = weighed.losses.new_zeros(0, count, count)
+        losses = weighed.losses.masked_fill(~weighed.present, torch.nan)
+        weights = self.reuse.own if implements(self.rule, "weigh") else None
+        self.last = Step(self.tasks, (), none[:, 0].bool(), none, none, losses, weights)
+
+    def _combination(self, gradients: TaskGradients, *, undoable: bool = False) -> Combination:
+        assert self.tasks is not None
+        losses, present = self.per_task, torch.zeros(len(self.tasks), dtype=torch.bool, device=self.gradients.device)
+        if self.passes:
+            seen, there = (torch.stack(values) for values in zip(*self.passes, strict=True))
+            losses, present = seen.sum(0), there.any(0)
+        losses, present = self.ranks.own(losses, present)
         if self._sits_out:
-            there = there.index_fill(0, self._index(self._sits_out), False)
-        losses = torch.where(there, losses.sum(0), 0.0)
+            present = present.index_fill(0, self._index(self._sits_out), False)
+            losses = torch.where(present, losses, 0.0)
         return Combination(
-            self.gradients,
+            gradients,
             self.rule,
             self.tasks,
-            losses,
-            there,
             self.state,
             self.generator,
-            self._scale,
+            self.scale,
+            losses,
+            present,
+            self.ranks,
             undoable=undoable,
         )
 
@@ -307,9 +488,10 @@ class Surgery:
         self.forget()
         if implements(self.rule, "observe"):
             self.state = self.rule.observe(self.last, self.state)
+        self.ranks.check(self.state)
 
     @property
-    def _per_task(self) -> Tensor:
+    def per_task(self) -> Tensor:
         """Zeros, one for each task."""
         assert self.tasks is not None
         return torch.zeros(len(self.tasks), dtype=self.gradients.dtype, device=self.gradients.device)
@@ -319,8 +501,8 @@ class Surgery:
             self._indices[tasks] = torch.tensor(tasks, device=self.gradients.device)
         return self._indices[tasks]
 
-    def _check_finite(self, tasks: tuple[str, ...]) -> None:
-        bad = self.gradients.not_finite()
+    def _check_finite(self, tasks: tuple[str, ...], gradients: TaskGradients) -> None:
+        bad = self.ranks.union(gradients.not_finite())
         if bad and self.nonfinite == "raise":
             task, name = bad[0]
             raise FloatingPointError(
@@ -330,7 +512,7 @@ class Surgery:
         worst = dict(reversed(bad))
         self._sits_out = tuple(worst)
         for task, name in worst.items():
-            self.gradients.drop(task)
+            gradients.drop(task)
             self.skipped[tasks[task]] = self.skipped.get(tasks[task], 0) + 1
             _log.warning(
                 "task %r sits out this step (%d so far): its gradient for %r holds inf or nan",
@@ -338,8 +520,10 @@ class Surgery:
             )
 
     def __getstate__(self) -> dict[str, Any]:
+        if self.ranks.size > 1:
+            raise TypeError("An optimizer that works with other processes cannot be copied: save its state_dict() instead.")
         # Gradients are not saved. Whoever unpickles this gives it `gradients`, and calls `forget`.
-        left_out = ("gradients", "_indices", "last", "passes", "split", "_scale")
+        left_out = ("gradients", "_indices", "last", "passes", "split", "scale")
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from ranks import Ranks
 from torch import nn
 
 import gradsurgery as gs
@@ -14,6 +15,14 @@ TASKS = ("a", "b", "c")
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """Runs a function on several processes: ``ranks(2, function, *arguments)``."""
+    pool = Ranks()
+    yield pool
+    pool.stop()
 
 
 class Heads(nn.Module):

@@ -31,7 +31,7 @@ def test_everything_runs_in_small(tmp_path, capsys, threads):
     assert [row["name"] for row in written["figures"]] == [figure.name for figure in figures]
     assert {"python", "torch", "torchjd", "threads", "cpu"} <= written["environment"].keys()
     assert table(figures) in (tmp_path / "figures.md").read_text()
-    for start in ("peak memory, K=", "peak memory, single pass, K=", "single pass, K=", "growth, width "):
+    for start in ("peak memory, K=", "peak memory, single pass, K=", "single pass, K=", "growth, width ", "bytes sent, K="):
         assert any(figure.name.startswith(start) for figure in figures)
     for picture in ("rules.png", "growth.png"):
         assert (tmp_path / picture).stat().st_size > 10_000
@@ -104,3 +104,15 @@ def test_figures_know_whether_they_met_their_target():
         "2 µs",
         "2 ns",
     ]
+
+
+@pytest.mark.distributed
+def test_bytes_on_the_wire(tmp_path, capsys, threads):
+    figures = main(["wire", "--out", str(tmp_path)])
+    for figure in figures:
+        bound = 4.5 if "head" in figure.name else 4.51  # where all is shared, what hosts tell each other comes on top
+        assert 3 < figure.ratio <= bound
+    lines = [line for line in capsys.readouterr().out.splitlines() if "reduce_scatter" in line]
+    assert len(lines) == 4
+    for line in lines:  # one of inner products and one of numbers of samples
+        assert " 2 allreduce" in line

@@ -432,3 +432,28 @@ def test_repeated_runs_are_bitwise_equal():
             opt.zero_grad()
         results.append(model)
     check_same(*results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+@pytest.mark.parametrize("given", ["one by one", "as a block", "as a padded block", "as one row for all"])
+def test_rows_that_lie_apart(given, dtype):
+    rows = _buffer.Rows()
+    for _ in range(2):  # the second time, a block has place for them
+        own = torch.randn(3, 40, 60, dtype=dtype)
+        if given == "as one row for all":
+            own = own[:1].expand(3, -1, -1)
+        rows.expect([0, 2, 5])
+        if given == "one by one":
+            for task, gradient in zip([0, 2, 5], own, strict=True):
+                rows.add(task, gradient)
+        else:
+            padded = _buffer.new_block(own.shape, dtype, own.device).copy_(own)
+            kind = {"as a block": own.clone(), "as a padded block": padded, "as one row for all": own}[given]
+            rows.add_block([0, 2, 5], kind, owned=True)
+        rows.add_block([0, 2, 5], own.clone())
+        flat = (own + own).flatten(1).to(torch.complex128 if dtype.is_complex else torch.float64)
+        torch.testing.assert_close(_buffer.gram([rows]), (flat @ flat.mH).real, rtol=1e-6, atol=1e-3)
+        coefficients = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
+        expected = (coefficients.to(flat.dtype) @ flat).view(40, 60)
+        torch.testing.assert_close(rows.combine(coefficients).to(flat.dtype), expected, rtol=1e-5, atol=1e-5)
+        rows.clear()

@@ -1,5 +1,6 @@
 """The code in the README and the guide runs, and the index of the public interface is complete."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -16,7 +17,12 @@ def blocks(page):
     return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
+LOOPS = ["docs/pytorch.md", "docs/lightning.md", "docs/accelerate.md", "docs/huggingface.md"]
+
+
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")  # Lightning's advice,
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")  # and its own call
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/migration.md", *LOOPS])
 def test_code_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
     import matplotlib
 
@@ -30,13 +36,23 @@ def test_code_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
         exec(compile(block, page, "exec"), namespace)
 
 
+@pytest.mark.parametrize("page", LOOPS)
+def test_at_most_five_lines_are_new(page):
+    numbers = re.findall(r"^.*\S +# (\d)\b.*$", "\n".join(blocks(page)), re.MULTILINE)
+    assert list(map(int, numbers)) == list(range(1, len(numbers) + 1))
+    assert 2 <= len(numbers) <= 5
+
+
 def test_index_names_everything_public():
     index = (ROOT / "docs/api.md").read_text()
     named = set(re.findall(r"`(\w+)`", "\n".join(line.split("|")[1] for line in index.splitlines() if "|" in line)))
-    assert named == set(gs.__all__)
+    assert named - {"integrations"} == set(gs.__all__)  # which is not imported with the library
     for module in (gs.plots, gs.sources, gs.testing, gs.testing.oracles, gs.testing.strategies):
         for name in module.__all__:
             assert f"`{name}`" in index, name
+    for loop in ("accelerate", "lightning", "transformers"):
+        for name in importlib.import_module(f"gradsurgery.integrations.{loop}").__all__:
+            assert f"`integrations.{loop}.{name}`" in index, name
 
 
 def test_links_lead_somewhere():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.autograd.graph import GradientEdge
 from torch.nn import functional as F
 
-from gradsurgery._arena import Arena
+from gradsurgery._arena import Arena, new_block
 from gradsurgery.sources._split.cuts import CUTS, Wanted, cut, general
 from gradsurgery.sources._split.flow import ELEMENTWISE, RULES, Interaction
 from gradsurgery.sources._split.labels import (
@@ -683,10 +683,10 @@ def test_no_two_live_tensors_overlap(actions, steps):
         live = []
         for number, (action, shape, dtype) in enumerate(actions):
             if action == 0 and live:
-                arena.give(live.pop(number % len(live))[0].reshape(-1))
+                arena.give(live.pop(number % len(live))[0].flatten(1))
             else:
-                tensor = arena.take(shape, dtype, CPU)
-                assert (tensor.shape, tensor.dtype) == (shape, dtype)
+                tensor = arena.take((number % 3 + 1, *shape, 2), dtype, CPU)
+                assert (tensor.shape, tensor.dtype) == ((number % 3 + 1, *shape, 2), dtype)
                 live.append((tensor.fill_(number), number))
         assert all((tensor == value).all() for tensor, value in live)
         arena.reset()
@@ -723,6 +723,20 @@ def test_memory_is_given_again():
     assert not inside(arena, beside)  # no place is left
     arena.give(beside)
     arena.give(torch.zeros(3))  # not the arena's
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize("width", [1, 31, 1024, 4096, 65536, 100_003])
+def test_rows_of_a_block_do_not_drive_each_other_out_of_the_cache(width, dtype):
+    arena = Arena()
+    for block in (new_block((3, width), dtype, CPU), arena.take((3, width), dtype, CPU)):
+        assert block[0].is_contiguous()
+        distance = block.stride(0) * dtype.itemsize
+        if width * dtype.itemsize > 4096:
+            assert distance % 4096 == 17 * 64
+            assert width * dtype.itemsize <= distance <= width * dtype.itemsize + 4096 + 64
+        else:
+            assert block.is_contiguous()
 
 
 def test_reset_takes_everything_back():

@@ -28,6 +28,30 @@ RULES = {
     "gradvac with a fixed target": gs.GradVac(target=0.5),
     "gradvac on some tasks": gs.GradVac(beta=0.3, tasks=("0", "2")),
     "mgda": gs.MGDA(),
+    "upgrad": gs.UPGrad(),
+    "upgrad with weights": gs.UPGrad(weights={"0": 2.0, "2": 0.5}),
+    "dualproj": gs.DualProj(),
+    "cagrad": gs.CAGrad(c=0.4),
+    "nash-mtl": gs.NashMTL(),
+    "nash-mtl now and then": gs.NashMTL(update_every=2),
+    "fairgrad": gs.FairGrad(alpha=2.0),
+    "aligned-mtl": gs.AlignedMTL(),
+    "aligned-mtl, median": gs.AlignedMTL(scale="median"),
+    "aligned-mtl, rmse": gs.AlignedMTL(scale="rmse"),
+    "imtl-g": gs.IMTLG(),
+    "config": gs.ConFIG(),
+    "gradnorm": gs.GradNorm(),
+    "cosine gate": gs.CosineGate(main=("0",)),
+    "cosine gate, unweighted": gs.CosineGate(main=("0",), weighted=False),
+    "a-gem": gs.AGEM(anchors=("0", "2")),
+    "gem": gs.GEM(anchors=("0", "2")),
+    "sdmgrad": gs.SDMGrad(lr=0.3),  # the default amplifies rounding, from step to step
+    "modo": gs.MoDo(),
+    "cr-mogm": gs.CRMOGM(gs.MGDA()),
+    "krum": gs.Krum(byzantine=0, selected=2),
+    "equal norm": gs.EqualNorm(),
+    "pcgrad with weights": gs.PCGrad(weights={"0": 2.0, "2": 0.5}),
+    "gradvac with weights": gs.GradVac(beta=0.3, weights={"0": 2.0, "2": 0.5}),
     "pcgrad, mean": gs.Chain(gs.PCGrad(), gs.Mean()),
     "gradvac, mgda": gs.Chain(gs.GradVac(beta=0.3), gs.MGDA()),
 }
@@ -37,6 +61,18 @@ walks = pytest.mark.parametrize(
 )
 
 
+# Rules whose weights depend on how long gradients are, whatever their directions: by the paper's equations.
+BY_LENGTH = ("nash-mtl", "nash-mtl now and then", "fairgrad", "modo")
+# Rules that give a task a weight that depends on the lengths of the other tasks' gradients, or on how many there are.
+BY_LENGTHS = (
+    *("dualproj", "cagrad", "aligned-mtl", "aligned-mtl, median", "aligned-mtl, rmse", "imtl-g", "config", "a-gem", "gem"),
+    *("sdmgrad", "cr-mogm", "krum", "equal norm"),
+)
+
+WEIGHTED = ("upgrad with weights", "pcgrad with weights", "gradvac with weights")
+GATED = ("cosine gate", "cosine gate, unweighted")
+
+
 def rules(*exclude):
     kept = {name: rule for name, rule in RULES.items() if name not in exclude}
     return pytest.mark.parametrize("rule", kept.values(), ids=kept)
@@ -44,6 +80,7 @@ def rules(*exclude):
 
 def test_the_table_has_every_rule():
     parts = [part for rule in ALL.values() for part in (rule, *getattr(rule, "rules", ()))]
+    parts += [part.rule for part in parts if isinstance(part, gs.CRMOGM)]
     assert {type(part) for part in parts} == {gs.Rule, *(getattr(gs.rules, name) for name in gs.rules.__all__)}
 
 
@@ -66,7 +103,7 @@ def some_state(rule, tasks, groups, targets):
     """A state in the middle of training. ``targets`` is ``[K, K]``, or ``[G, K, K]``."""
     present = [str(k) for k in range(max(tasks, 3))]  # "gradvac on some tasks" has to find its own
     state = mapped(
-        lambda key, value: value[:, :tasks, :tasks] if value.dim() == 3 else value[:, :tasks],
+        lambda key, value: value[(slice(groups), *[slice(tasks)] * 2)[value.dim() == 1 :][: value.dim()]],
         rule.init(present, names(groups)),
     )
     targets = torch.as_tensor(targets).expand(groups, tasks, tasks)
@@ -75,7 +112,10 @@ def some_state(rule, tasks, groups, targets):
 
 def taken(state, tasks):
     """The state of some of the tasks, in this order."""
-    return mapped(lambda key, value: value[:, tasks][:, :, tasks] if value.dim() == 3 else value[:, tasks], state)
+    def take(key, value):
+        return (value[:, tasks][:, :, tasks] if value.dim() == 3 else value[:, tasks]) if value.dim() > 1 else value[tasks]
+
+    return mapped(take, state)
 
 
 def relative(mixing, jacobian):
@@ -87,7 +127,8 @@ def relative(mixing, jacobian):
 
 def solves(rule):
     """Rules that solve a problem up to a tolerance. Its weights need not be unique, but the combined gradient is."""
-    return any(isinstance(part, gs.MGDA) for part in getattr(rule, "rules", (rule,)))
+    inexact = (gs.MGDA, gs.CRMOGM, gs.CAGrad, gs.AlignedMTL, gs.SDMGrad)
+    return any(isinstance(part, inexact) for part in getattr(rule, "rules", (rule,)))
 
 
 def check_same_mixing(rule, found, expected, jacobian):
@@ -236,7 +277,7 @@ def test_permuting_the_tasks_permutes_the_result(rule, situation, data):
 # --- What one would expect --------------------------------------------------------------------------------------------
 
 
-@rules("mean", "mgda", "pcgrad, mean", "gradvac, mgda")
+@rules("mean", "mgda", "pcgrad, mean", "gradvac, mgda", *BY_LENGTH, *BY_LENGTHS)
 @quick
 @given(situation=situations(widest=0), factors=st.lists(st.sampled_from([1e-7, 0.3, 12.0, 1e7]), min_size=5, max_size=5))
 def test_only_directions_decide_what_is_operated_on(rule, situation, factors):
@@ -273,11 +314,11 @@ def test_float32_gram_matrices_give_float32_results(rule, situation):
         combined, other = (m.double().sum(-2) @ jacobian / longest for m in (found, mixing))
         torch.testing.assert_close(combined, other, rtol=0, atol=5e-3)
     else:
-        torch.testing.assert_close(relative(found.double(), jacobian), relative(mixing, jacobian), rtol=0, atol=1e-3)
+        torch.testing.assert_close(relative(found.double(), jacobian), relative(mixing, jacobian), rtol=1e-3, atol=1e-3)
     check_same_state(mapped(lambda _, v: v.double() if v.is_floating_point() else v, found_state), new, rtol=0, atol=1e-3)
 
 
-@rules("mean", "mgda", "pcgrad, mean", "gradvac, mgda")
+@rules("mean", "mgda", "pcgrad, mean", "gradvac, mgda", "upgrad", *BY_LENGTH, *BY_LENGTHS, *GATED, *WEIGHTED)
 @quick
 @given(situation=situations(min_tasks=2), data=st.data())
 def test_a_zero_gradient_changes_nothing_and_is_not_changed(rule, situation, data):
@@ -304,7 +345,8 @@ def test_a_zero_gradient_changes_nothing_and_is_not_changed(rule, situation, dat
             assert torch.equal(value[0, :, zero], before[key][0, :, zero])
 
 
-@every_rule
+# One task is its own anchor; CAGrad adds c of it; zero gradients have no part in others.
+@rules("cagrad", "a-gem", "gem", "imtl-g", "config", "cr-mogm", *BY_LENGTH[:3], *WEIGHTED)
 @pytest.mark.parametrize("length", [0.0, 1e-10, 1.0, 1e10])
 def test_one_task_keeps_its_gradient(rule, length):
     state = some_state(rule, 1, 2, np.zeros((1, 1)))
@@ -324,7 +366,8 @@ def test_no_groups_and_no_active_task(rule):
     check_same_state(new, state, rtol=0, atol=0)
 
 
-@rules("identity", "sum", "mean", "mgda", "gradvac, mgda")  # rules that only weigh have no rank to lose
+# Rules that only weigh have no rank to lose; of two equal tasks, solutions may weigh either.
+@rules("identity", "sum", "mean", "mgda", "gradvac, mgda", "cr-mogm", "cagrad")
 @quick
 @given(situation=situations(min_tasks=2, widest=0))
 def test_low_rank_is_the_limit_of_full_rank(rule, situation):
@@ -338,8 +381,13 @@ def test_low_rank_is_the_limit_of_full_rank(rule, situation):
     torch.testing.assert_close(found, limit, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("second", RULES.values(), ids=RULES)
-@pytest.mark.parametrize("first", RULES.values(), ids=RULES)
+FEW = ("identity", "sum", "mean", "pcgrad", "gradvac", "gradvac on some tasks", "mgda", "pcgrad, mean", "gradvac, mgda")
+PAIRS = {f"{first}; {second}": (RULES[first], RULES[second]) for first in FEW for second in FEW}
+PAIRS |= {f"{name}; pcgrad": (rule, gs.PCGrad()) for name, rule in RULES.items() if name not in FEW}
+PAIRS |= {f"pcgrad; {name}": (gs.PCGrad(), rule) for name, rule in RULES.items() if name not in FEW}
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS.values(), ids=PAIRS)
 def test_a_chain_is_the_product_of_its_matrices(first, second):
     rng = np.random.default_rng(0)
     jacobian = rng.normal(size=(2, 4, 6)) - 0.2

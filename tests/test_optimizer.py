@@ -584,14 +584,6 @@ def sgd(*modules):
     return torch.optim.SGD([p for module in modules for p in module.parameters()], lr=0.1)
 
 
-def distributed(model):
-    """A DistributedDataParallel that has no process group to talk to."""
-    wrapper = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
-    nn.Module.__init__(wrapper)
-    wrapper.module = model
-    return wrapper
-
-
 MODEL, OTHER = nn.Linear(2, 3), nn.Linear(3, 1)
 REFUSED = {
     "no optimizer": (
@@ -624,11 +616,6 @@ REFUSED = {
         lambda: wrap(MODEL, gs.PCGrad(), sgd(MODEL, OTHER)),
         ValueError,
         r"parameters that are not in `model`: param2 \(1, 3\), param3 \(1,\)\. Pass the module that contains them all",
-    ),
-    "a distributed model": (
-        lambda: wrap(distributed(MODEL), gs.PCGrad(), sgd(MODEL)),
-        ValueError,
-        r"is a DistributedDataParallel.*Pass model\.module, and all-reduce p\.grad between combine\(\) and step\(\)",
     ),
     "a rule for a task that is not there": (
         lambda: wrap(MODEL, gs.GradVac(tasks=("z",)), tasks=("a", "b")),

@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 
 import gradsurgery as gs
+from gradsurgery import integrations
+
+LOOPS = ("accelerate", "lightning", "transformers")
 
 MODULES = {
     name: importlib.import_module(name)
@@ -18,7 +21,10 @@ NAMES = [(module, name) for module in MODULES.values() for name in module.__all_
 CLASSES = {value for module, name in NAMES if inspect.isclass(value := getattr(module, name))}
 
 
-NAMES_OF_MODULES = ("", ".plots", ".rules", ".sources", ".testing", ".testing.oracles", ".testing.strategies")
+NAMES_OF_MODULES = (
+    *("", ".plots", ".rules", ".sources", ".testing", ".testing.oracles", ".testing.strategies"),
+    *(".integrations", *(f".integrations.{name}" for name in LOOPS)),
+)
 
 
 def test_public_modules():
@@ -39,7 +45,7 @@ def test_all_is_sorted_and_complete(module):
         if not name.startswith("_") and (origin.startswith("gradsurgery") if package else origin == module.__name__):
             found.add(name)
     # Rules are imported from the package itself; the module that gathers them is not advertised.
-    assert found - {"rules"} <= set(module.__all__)
+    assert found - {"rules", "integrations", *LOOPS} <= set(module.__all__)
 
 
 @pytest.mark.parametrize(("module", "name"), NAMES, ids=[f"{module.__name__}.{name}" for module, name in NAMES])

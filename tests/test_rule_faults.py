@@ -317,11 +317,11 @@ OBJECTS = [
     (gs.Rule(), "Rule()"),
     (gs.Sum(), "Sum()"),
     (gs.Mean(), "Mean()"),
-    (gs.PCGrad(), "PCGrad()"),
-    (gs.GradVac(beta=0.1), "GradVac(beta=0.1, target=None, tasks=None, max_growth=10.0)"),
-    (gs.GradVac(target=0.5, tasks=["de"]), "GradVac(beta=0.01, target=0.5, tasks=('de',), max_growth=10.0)"),
+    (gs.PCGrad(), "PCGrad(weights=None)"),
+    (gs.GradVac(beta=0.1), "GradVac(beta=0.1, target=None, tasks=None, max_growth=10.0, weights=None)"),
+    (gs.GradVac(target=0.5, tasks=["de"]), "GradVac(beta=0.01, target=0.5, tasks=('de',), max_growth=10.0, weights=None)"),
     (gs.MGDA(), f"MGDA(tolerance={gs.MGDA().tolerance}, iterations={gs.MGDA().iterations})"),
-    (gs.Chain(gs.PCGrad(), gs.Mean()), "Chain(PCGrad(), Mean())"),
+    (gs.Chain(gs.PCGrad(), gs.Mean()), "Chain(PCGrad(weights=None), Mean())"),
 ]
 
 

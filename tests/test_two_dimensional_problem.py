@@ -16,65 +16,19 @@ import pytest
 import torch
 
 import gradsurgery as gs
+from examples.two_dimensional.__main__ import main
+from examples.two_dimensional.problem import Losses, by_hand, distances, losses, pareto_set
+from examples.two_dimensional.run import rules
 
 STARTS = {"first": (-8.5, 7.5), "second": (-8.5, -5.0), "third": (9.0, 9.0)}
 LR, STEPS = 3e-3, 6000
-
-
-def losses_of(x1, x2):
-    """L_1 and L_2 as in the papers, on tensors."""
-    floor = torch.tensor(5e-6, dtype=x1.dtype)
-    f1 = torch.log(torch.maximum((0.5 * (-x1 - 7) - torch.tanh(-x2)).abs(), floor)) + 6
-    f2 = torch.log(torch.maximum((0.5 * (-x1 + 3) + torch.tanh(-x2) + 2).abs(), floor)) + 6
-    q1 = ((-x1 + 7) ** 2 + 0.1 * (-x2 - 8) ** 2) / 10 - 20
-    q2 = ((-x1 - 7) ** 2 + 0.1 * (-x2 - 8) ** 2) / 10 - 20
-    c1, c2 = torch.tanh(x2 / 2).clamp(min=0), torch.tanh(-x2 / 2).clamp(min=0)
-    return f1 * c1 + q1 * c2, f2 * c1 + q2 * c2
-
-
-def by_hand(x1, x2):
-    """The same, and both gradients, on numbers: several times faster than some thirty operations on tensors."""
-    t, slope = math.tanh(-x2), math.tanh(x2) ** 2 - 1
-    a1, a2 = 0.5 * (-x1 - 7) - t, 0.5 * (-x1 + 3) + t + 2
-    f1, f2 = math.log(max(abs(a1), 5e-6)) + 6, math.log(max(abs(a2), 5e-6)) + 6
-    df1 = (-0.5 / a1, -slope / a1) if abs(a1) > 5e-6 else (0.0, 0.0)
-    df2 = (-0.5 / a2, slope / a2) if abs(a2) > 5e-6 else (0.0, 0.0)
-    bowl = 0.1 * (x2 + 8) ** 2
-    q1, q2 = ((x1 - 7) ** 2 + bowl) / 10 - 20, ((x1 + 7) ** 2 + bowl) / 10 - 20
-    dq1, dq2 = ((x1 - 7) / 5, (x2 + 8) / 50), ((x1 + 7) / 5, (x2 + 8) / 50)
-    c = math.tanh(x2 / 2)
-    dc = (1 - c**2) / 2
-    if x2 > 0:
-        values = f1 * c, f2 * c
-        gradients = [(df[0] * c, df[1] * c + f * dc) for f, df in ((f1, df1), (f2, df2))]
-    else:
-        values = -q1 * c, -q2 * c
-        gradients = [(-dq[0] * c, -dq[1] * c - q * dc) for q, dq in ((q1, dq1), (q2, dq2))]
-    return values, gradients
-
-
-class Losses(torch.autograd.Function):
-    """L_1 and L_2, each summed over independent points: with a surgery group per point, they do not meet."""
-
-    @staticmethod
-    def forward(ctx, *points):
-        values, ctx.gradients = zip(*(by_hand(*point.tolist()) for point in points), strict=True)
-        return tuple(points[0].new_tensor(sum(column)) for column in zip(*values, strict=True))
-
-    @staticmethod
-    def backward(ctx, *factors):
-        factors = [float(factor) for factor in factors]
-        return tuple(
-            torch.tensor([sum(f * g[d] for f, g in zip(factors, both, strict=True)) for d in range(2)], dtype=torch.float64)
-            for both in ctx.gradients
-        )
 
 
 @pytest.mark.parametrize("point", [*STARTS.values(), (-5.0, 2.9), (0.3, -8.0), (5.0, 0.4)])
 def test_gradients_by_hand_are_those_of_the_losses(point):
     x = torch.tensor(point, dtype=torch.float64, requires_grad=True)
     fast = torch.tensor(point, dtype=torch.float64, requires_grad=True)
-    for slow_loss, fast_loss in zip(losses_of(*x), Losses.apply(fast), strict=True):
+    for slow_loss, fast_loss in zip(losses(*x), Losses.apply(fast), strict=True):
         torch.testing.assert_close(fast_loss, slow_loss)
         expected = torch.autograd.grad(slow_loss, x, retain_graph=True)
         torch.testing.assert_close(torch.autograd.grad(fast_loss, fast, retain_graph=True), expected)
@@ -122,3 +76,29 @@ def test_pcgrad_stops_at_another_pareto_point(end):
     _, (g1, g2) = by_hand(x1, x2)
     cosine = (g1[0] * g2[0] + g1[1] * g2[1]) / math.hypot(*g1) / math.hypot(*g2)
     assert cosine < -0.999  # nothing improves both
+
+
+def test_pareto_set():
+    curve = pareto_set(21)
+    assert (distances(curve, curve) == 0).all()
+    for point in curve[1:-1]:
+        _, (g1, g2) = by_hand(*point)
+        cosine = (g1[0] * g2[0] + g1[1] * g2[1]) / math.hypot(*g1) / math.hypot(*g2)
+        assert cosine < -1 + 1e-6
+    assert distances([(0.0, 0.0)], curve)[0] == pytest.approx(8.355, abs=0.01)
+
+
+def test_example_runs(tmp_path, capsys):
+    out = main(["--quick", "--rules", "Sum", "GradVac", "--jobs", "1", "--out", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    table = (out / "ends.md").read_text()
+    assert table in printed
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["GradVac", "Sum"]
+    assert (out / "paths.png").stat().st_size > 5000
+
+
+def test_example_knows_all_rules(capsys):
+    assert {"Sum", "Mean", "PCGrad", "GradVac", "MGDA"} <= set(rules())
+    with pytest.raises(SystemExit):
+        main(["--rules", "Klingon"])
+    assert "invalid choice: 'Klingon'" in capsys.readouterr().err

@@ -32,7 +32,7 @@ class Chain(Rule):
     Example:
         >>> import gradsurgery as gs
         >>> gs.Chain(gs.PCGrad(), gs.Mean())
-        Chain(PCGrad(), Mean())
+        Chain(PCGrad(weights=None), Mean())
     """
 
     rules: tuple[Rule, ...]

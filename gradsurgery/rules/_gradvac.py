@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .._rule import Rule, State
 from ._walk import Walk, few_groups, random_order
+from ._weights import Weights, as_pairs, weighted, weights_state
 
 # What remains of a unit vector's squared length is rounding, below this. Gram matrices may be from products in float32.
 _ROUNDING = 16 * torch.finfo(torch.float32).eps
@@ -34,6 +35,7 @@ class GradVac(Rule):
         tasks: names of the tasks whose gradients are operated on; None means all. The others still serve as ``g_j``.
             In the source's experiments it was best to operate on the low-resource tasks only.
         max_growth: bound on ``||g'_i|| / ||g_i||``, at least 1.
+        weights: by task, what its modified gradient is multiplied with; 1 for tasks that are not named.
 
     State:
         ``"target"``: ``[G, K, K]``, the moving averages ``t_ij`` (none with a fixed target).
@@ -68,6 +70,7 @@ class GradVac(Rule):
     target: float | None = None
     tasks: Sequence[str] | None = None
     max_growth: float = 10.0
+    weights: Weights | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.beta <= 1:
@@ -76,6 +79,7 @@ class GradVac(Rule):
             raise ValueError(f"`target` is a cosine and must be in [-1, 1], or None for the EMA. Found {self.target!r}.")
         if not self.max_growth >= 1:
             raise ValueError(f"`max_growth` must be at least 1. Found max_growth={self.max_growth!r}.")
+        as_pairs(self)
         if self.tasks is not None:
             if isinstance(self.tasks, str):
                 raise ValueError(
@@ -94,7 +98,7 @@ class GradVac(Rule):
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float64,
     ) -> State:
-        state: State = {}
+        state = weights_state(self, tasks, groups, device, dtype)
         if self.tasks is not None:
             if unknown := [name for name in self.tasks if name not in tasks]:
                 raise ValueError(f"GradVac's `tasks` names {unknown}, but the tasks are {list(tasks)}.")
@@ -154,6 +158,7 @@ class GradVac(Rule):
         mixing = walk.by_pair(added, torch.zeros_like(gram))
         mixing = mixing * (norm[:, :, None] / norm[:, None, :])
         mixing.diagonal(dim1=-2, dim2=-1).fill_(1)
+        mixing = weighted(mixing, state, active)
         if self.target is None and along:
             # A g'_i that was cancelled has no cosine, and an absent pair is not asked for one.
             measured, square_i = torch.stack(along), torch.stack(lengths)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from .._rule import Rule, State
 from ._walk import Walk, random_order
+from ._weights import Weights, as_pairs, weighted, weights_state
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,12 @@ class PCGrad(Rule):
 
     The ``g_j`` are the original gradients; each task of each group draws an order of its own.
 
+    Args:
+        weights: by task, what its projected gradient is multiplied with; 1 for tasks that are not named.
+
+    Raises:
+        ValueError: for weights that are negative, and for names that are no tasks.
+
     Example:
         >>> import torch, gradsurgery as gs
         >>> gs.operate(torch.tensor([[1.0, 1.0], [-1.0, 0.0]]), gs.PCGrad())
@@ -32,11 +40,27 @@ class PCGrad(Rule):
 
     Note:
         As in the paper the result is the *sum* of the ``g'_i``; much published code takes the mean, which is
-        ``Chain(PCGrad(), Mean())``. A zero gradient is neither projected nor projected on.
+        ``Chain(PCGrad(), Mean())``. The paper has no weights: ours change no projection, where a weighted loss would
+        lengthen ``g_i`` before others meet it. A zero gradient is neither projected nor projected on.
     """
 
     random: ClassVar[bool] = True
     scale_equivariant: ClassVar[bool] = True
+
+    weights: Weights | None = None
+
+    def __post_init__(self) -> None:
+        as_pairs(self)
+
+    def init(
+        self,
+        tasks: Sequence[str],
+        groups: Sequence[str],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float64,
+    ) -> State:
+        return weights_state(self, tasks, groups, device, dtype)
 
     def mix(
         self, gram: Tensor, state: State, *, active: Tensor | None = None, generator: torch.Generator | None = None
@@ -52,4 +76,4 @@ class PCGrad(Rule):
         if active is not None:
             mixing *= active[:, :, None]
         mixing.diagonal(dim1=-2, dim2=-1).fill_(1)
-        return mixing, state
+        return weighted(mixing, state, active), state

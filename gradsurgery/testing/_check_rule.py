@@ -72,7 +72,7 @@ def check_rule(
         AssertionError: naming the laws that do not hold, with an example of each.
         ImportError: without hypothesis.
         TypeError: if ``rule`` is no rule.
-        ValueError: for an unknown law.
+        ValueError: for an unknown law, and for a rule that does not accept the tasks.
 
     Example:
         >>> import gradsurgery as gs
@@ -92,6 +92,10 @@ def check_rule(
     if chosen is not None and (unknown := [name for name in chosen if name not in LAWS]):
         raise ValueError(f"There is no law {', '.join(map(repr, unknown))}. The laws are {', '.join(LAWS)}.")
     needs_hypothesis("check_rule")
+    try:
+        rule.init(["0"] if tasks is None else list(tasks), ["group"])
+    except ValueError as error:
+        raise ValueError(f"{rule!r} could not start: {error} If it needs other tasks, pass `tasks=[...]`.") from error
     asked = [law for name, law in LAWS.items() if (law.claimed(rule) if chosen is None else name in chosen)]
     if oracle is not None:
         asked.append(_oracle_law(oracle))

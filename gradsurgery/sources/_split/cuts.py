@@ -16,16 +16,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from ..._arena import new_block
 from .flow import ELEMENTWISE
 from .labels import Labels, Segments, Shape, across, full, others
 from .passage import Passage, signed
 from .probe import call, masked, present
 
 New: TypeAlias = Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor]
-
-
-def _fresh(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=device)
 
 
 @dataclass(eq=False)
@@ -44,7 +41,7 @@ class Wanted:
     shape: Shape
     target: tuple[Node, int]
     real: bool = True
-    new: New = field(default=_fresh)
+    new: New = field(default=new_block)
 
 
 Blocks: TypeAlias = dict[int, tuple[list[int], Tensor | list[Tensor]]]
@@ -133,7 +130,7 @@ def _row_sums(rows: Tensor, found: Segments) -> Tensor:
     return torch.stack([rows[start:end].sum(0) for start, end in found.bounds])
 
 
-def products(left: Tensor, right: Tensor, found: Segments, new: New = _fresh) -> Tensor:
+def products(left: Tensor, right: Tensor, found: Segments, new: New = new_block) -> Tensor:
     """``[b, n, i]`` and ``[b, n, j]`` → ``[k, b, i, j]``: products over each task's part of the ``n`` rows."""
     left, right = found.sort(left, 1), found.sort(right, 1)
     b, _, i = left.shape
@@ -205,24 +202,33 @@ _OPERANDS = {"Mm": ("self", "mat2"), "Bmm": ("self", "mat2"), "Addmm": ("mat1", 
 
 
 def _product(p: Passage, gradients: Sequence[Tensor | None], wanted: Sequence[Wanted]) -> Blocks | None:
-    gradient = _there(gradients[0])
+    gradient, first = _there(gradients[0]), p.first
     adds = len(p.inner) == 3
     scale = p.saved("alpha") if adds else 1
+    last = len(p.inner) - 1
+    order: Segments | None = None
+    if first.ndim == 2 and first.shape[1] == 1 and all(w.edge == last or w.shape[:-1] in ((), (1,)) for w in wanted):
+        # A weight and its bias want the rows in order of their tasks: they are put so once for both.
+        order = segments(np.ascontiguousarray(full(first, p.outer[0], [0])).reshape(-1))
+        gradient = order.sort(gradient)
+        first = order.labels[:, None]
     result: Blocks = {}
     for w in wanted:
         if adds and w.edge == 0:
             values = gradient if p.saved("beta") == 1 else gradient * p.saved("beta")
-            result[w.edge] = summed(values, p.first, w.shape)
+            result[w.edge] = summed(values, first, w.shape)
             continue
-        is_right = w.edge == len(p.inner) - 1
-        dim = p.first.ndim - (2 if is_right else 1)
-        labels = across(p.first, others(p.first, dim))
+        is_right = w.edge == last
+        dim = first.ndim - (2 if is_right else 1)
+        labels = across(first, others(first, dim))
         if labels is None:
             return None
-        found = segments(np.ascontiguousarray(full(labels, p.outer[0], [dim])).reshape(-1))
+        found = segments(np.ascontiguousarray(full(labels, gradient.shape, [dim])).reshape(-1))
         other = p.saved(_OPERANDS[p.name][0 if is_right else 1]).conj()
+        if order is not None and is_right:
+            other = order.sort(other)
         # The gradient of a transposed weight is made in the weight's own layout.
-        flip = p.first.ndim == 2 and w.target[0].name() == "TBackward0"
+        flip = first.ndim == 2 and w.target[0].name() == "TBackward0"
         if is_right:
             left, right = other, gradient
         else:

@@ -167,6 +167,7 @@ class Segments:
         tasks: the tasks that are there, increasing.
         sizes: how many positions each has.
         order: positions by task; None if they come in this order already.
+        labels: of the positions in this order.
     """
 
     def __init__(self, labels: Labels) -> None:
@@ -178,6 +179,7 @@ class Segments:
         self.sizes: list[int] = sizes.tolist()
         in_order = not nobody and bool((order == np.arange(len(order))).all())
         self.order: NDArray[np.int64] | None = None if in_order else order
+        self.labels: Labels = labels[order]
         self._on: dict[torch.device, Tensor] = {}
 
     @cached_property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from torch.autograd.graph import Node
@@ -53,7 +54,12 @@ class Passage:
 
 def kind(node: Node) -> str:
     """The kind of a node, such as ``"Addmm"``."""
-    return re.sub(r"Backward\d*$", "", node.name())
+    return _kind(node.name())
+
+
+@cache
+def _kind(name: str) -> str:
+    return re.sub(r"Backward\d*$", "", name)
 
 
 def signed(number: int) -> int:

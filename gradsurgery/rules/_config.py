@@ -1,0 +1,72 @@
+"""ConFIG: conflict-free inverse gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .._rule import Rule, State
+from ._solvers import directions, least_squares
+from ._weights import Weights, as_pairs, diagonal, weights_state
+
+
+@dataclass(frozen=True)
+class ConFIG(Rule):
+    r"""The direction whose cosines with all tasks' gradients are equal, as long as the tasks' gradients along it together:
+
+    ``u = normalise(U^+ 1)``,  ``sum_i g'_i = (sum_i <g_i, u>) u``,
+
+    where ``U^+`` is the pseudo-inverse of the matrix of unit gradients.
+
+    Args:
+        weights: by task, to which the cosines are proportional, instead of equal; 1 for tasks that are not named.
+
+    Raises:
+        ValueError: for weights that are negative, and for names that are no tasks.
+
+    Example:
+        >>> import torch, gradsurgery as gs
+        >>> gs.operate(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), gs.ConFIG())
+        tensor([2., 2.])
+
+    Reference:
+        Liu, Chu and Thuerey, *ConFIG: Towards Conflict-Free Training of Physics Informed Neural Networks*, ICLR 2025,
+        Equations 2 and 3.
+
+    Note:
+        Zero gradients take no part. Of gradients that depend on each other, directions whose squared length is below 5e-7
+        of the longest count as none: Gram matrices may be from products in float32. Where the gradients cancel, such as two
+        opposite ones, there is no such direction, and the result is zero.
+    """
+
+    weights: Weights | None = None
+
+    def __post_init__(self) -> None:
+        as_pairs(self)
+
+    def init(
+        self,
+        tasks: Sequence[str],
+        groups: Sequence[str],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float64,
+    ) -> State:
+        return weights_state(self, tasks, groups, device, dtype)
+
+    def mix(
+        self, gram: Tensor, state: State, *, active: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, State]:
+        cosines, norms, there = directions(gram, active)
+        wanted = there.to(cosines.dtype)
+        if "weights" in state:
+            wanted = wanted * state["weights"]
+        x = least_squares(cosines, wanted)  # u = sum_i x_i g_i / ||g_i||, not normalised yet
+        along = (cosines @ x[..., None]).squeeze(-1) * there  # <u, g_i> / ||g_i||
+        square = (x * along).sum(-1, keepdim=True)
+        fine = square > 1e-12 * x.square().sum(-1, keepdim=True)
+        length = torch.where(fine, (along * norms).sum(-1, keepdim=True) / torch.where(fine, square, 1.0), 0.0)
+        return diagonal(length * x / norms, gram, active), state

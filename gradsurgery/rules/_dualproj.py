@@ -1,0 +1,65 @@
+"""DualProj: the average gradient, projected so that it conflicts with no task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .._rule import Rule, State
+from ._solvers import complementary, directions
+from ._weights import Weights, as_pairs, diagonal, shares, weights_state
+
+
+@dataclass(frozen=True)
+class DualProj(Rule):
+    r"""Projects the average of the tasks' gradients onto the cone of directions that conflict with no task.
+
+    ``sum_i g'_i = argmin ||d - sum_i w_i g_i||^2`` subject to ``<d, g_j> >= 0`` for all tasks ``j``; this is
+    ``g'_i = (w_i + x_i) g_i`` with multipliers ``x >= 0``.
+
+    Args:
+        weights: preferences ``w`` by task, in proportion to which the gradients are averaged; 1 for tasks that are not
+            named. None: equal ones.
+
+    Raises:
+        ValueError: for weights that are negative, and for names that are no tasks.
+
+    Example:
+        >>> import torch, gradsurgery as gs
+        >>> gs.operate(torch.tensor([[1.0, 1.0], [-3.0, 0.0]]), gs.DualProj())
+        tensor([-0.7500,  0.7500])
+
+    Reference:
+        Lopez-Paz and Ranzato, *Gradient Episodic Memory for Continual Learning*, NeurIPS 2017, Equation 11; named and
+        put to this use by Quinton and Rey, *Jacobian Descent for Multi-Objective Optimization*, 2024, Section 3.
+
+    Note:
+        TorchJD adds 1e-4 to the diagonal of the normalised Gram matrix by default; we change nothing.
+    """
+
+    weights: Weights | None = None
+
+    def __post_init__(self) -> None:
+        as_pairs(self)
+
+    def init(
+        self,
+        tasks: Sequence[str],
+        groups: Sequence[str],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float64,
+    ) -> State:
+        return weights_state(self, tasks, groups, device, dtype)
+
+    def mix(
+        self, gram: Tensor, state: State, *, active: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, State]:
+        cosines, norms, there = directions(gram, active)
+        weights = shares(gram, state, active)
+        average = torch.where(there, weights * norms, 0.0)[:, None]
+        added = complementary(cosines, average @ cosines, "DualProj").squeeze(1)
+        return diagonal(weights + added / norms, gram, active), state

@@ -1,0 +1,67 @@
+"""UPGrad: unconflicting projection of gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .._rule import Rule, State
+from ._solvers import complementary, directions
+from ._weights import Weights, as_pairs, operated, shares, weights_state
+
+
+@dataclass(frozen=True)
+class UPGrad(Rule):
+    r"""Projects each task's gradient onto the cone of directions that conflict with no task, and averages the results.
+
+    ``g'_i = w_i pi(g_i)``, where ``pi(g) = argmin ||d - g||^2`` subject to ``<d, g_j> >= 0`` for all tasks ``j``.
+
+    The combined gradient conflicts with no task, and grows in proportion to each task's gradient.
+
+    Args:
+        weights: preferences ``w`` by task, in proportion to which the projections are averaged; 1 for tasks that are not
+            named. None: equal ones.
+
+    Raises:
+        ValueError: for weights that are negative, and for names that are no tasks.
+
+    Example:
+        >>> import torch, gradsurgery as gs
+        >>> gs.operate(torch.tensor([[1.0, 1.0], [-1.0, 0.0]]), gs.UPGrad())
+        tensor([-0.2500,  0.7500])
+
+    Reference:
+        Quinton and Rey, *Jacobian Descent for Multi-Objective Optimization*, 2024, Equation 4; Proposition 1 for the dual.
+
+    Note:
+        The dual problem ``min v^T G v`` subject to ``v >= u`` is solved for unit gradients, without changing it. TorchJD
+        adds 1e-4 to the diagonal of the normalised Gram matrix by default, so that its result may conflict a little with
+        tasks whose gradients are short.
+    """
+
+    weights: Weights | None = None
+
+    def __post_init__(self) -> None:
+        as_pairs(self)
+
+    def init(
+        self,
+        tasks: Sequence[str],
+        groups: Sequence[str],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float64,
+    ) -> State:
+        return weights_state(self, tasks, groups, device, dtype)
+
+    def mix(
+        self, gram: Tensor, state: State, *, active: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, State]:
+        cosines, norms, _ = directions(gram, active)
+        # pi(g_i) = g_i + sum_j x_j g_j, with x >= 0 that is zero unless <pi(g_i), g_j> is.
+        added = complementary(cosines, cosines, "UPGrad") * (norms[:, :, None] / norms[:, None, :])
+        added.diagonal(dim1=-2, dim2=-1).add_(1)
+        return operated(shares(gram, state, active)[:, :, None] * added, gram, active), state
