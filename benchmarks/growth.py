@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from gradsurgery._bench.timing import Contender, interleaved, ratios
+
 from .report import Figure, Options, overhead
 from .split import Sizes, Steps
-from .timing import Contender, interleaved, ratios
 
 _REPEATS = 5  # enough for a picture
 

@@ -1,10 +1,4 @@
-"""Peak memory of a step, measured in a process of its own for each way to make it.
-
-The child makes two steps, so that everything that lives on is there (PyTorch's threads and scratch memory, the rules'
-state, the layout of the rows), and drops the gradients. It then reads its resident set, resets the kernel's high-water
-mark of it by writing ``5`` to ``/proc/self/clear_refs``, makes one more step to ``p.grad``, and reads the mark (``VmHWM``
-in ``/proc/self/status``). The difference of the two is what the step needs at its peak. So that freed memory goes back to
-the system at once instead of blurring both, the C library is told to map every allocation above 64 KiB on its own.
+"""Peak memory of a step, measured in a process of its own for each way to make it: see ``gradsurgery._bench.memory``.
 
 A streaming step keeps memory for the next one's rows. So that it counts, the single pass is measured from what is resident
 after two plain steps: it then makes its own two, which take that memory and keep it, and the third one gives the mark.
@@ -13,9 +7,7 @@ after two plain steps: it then makes its own two, which take that memory and kee
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -24,15 +16,15 @@ from typing import Any
 
 from tqdm import tqdm
 
+from gradsurgery._bench.memory import elsewhere, measurable, peak
+
 from . import split, step
 from .report import Figure, Options
-
-_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
 
 
 def memory(options: Options) -> list[Figure]:
     """Peak memory of the step of four tasks, against plain training and ``K`` gradients."""
-    if not Path("/proc/self/clear_refs").exists():
+    if not measurable():
         tqdm.write("Peak memory can only be measured on Linux: left out.")
         return []
     sizes = step.Sizes.of(options)
@@ -50,7 +42,7 @@ def memory(options: Options) -> list[Figure]:
 
 def memory_split(options: Options) -> list[Figure]:
     """Peak memory of the single pass of up to 32 tasks, with and without streaming, against plain training."""
-    if not Path("/proc/self/clear_refs").exists():
+    if not measurable():
         tqdm.write("Peak memory can only be measured on Linux: left out.")
         return []
     few, many = (split.Sizes.of(options, tasks) for tasks in (8, 32))
@@ -89,15 +81,7 @@ def _measure_all(
 
 def _measure_elsewhere(what: str, way: str, sizes: step.Sizes | split.Sizes, options: Options) -> dict[str, float]:
     job = {"what": what, "way": way, "sizes": asdict(sizes), "seed": options.seed, "threads": options.threads}
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.memory", json.dumps(job)],
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, **_MALLOC},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    measured: dict[str, float] = json.loads(done.stdout)
+    measured: dict[str, float] = elsewhere("benchmarks.memory", job, cwd=Path(__file__).parents[1])
     return measured
 
 
@@ -105,29 +89,8 @@ def _measure(
     steps: step.Steps | split.Steps, run: Callable[[], object], settle: Callable[[], object] | None = None
 ) -> dict[str, float]:
     """What the child does. With ``settle``, all counts that is resident since two calls of it; otherwise, of ``run``."""
-    _twice(steps, run if settle is None else settle)
-    before = _status("VmRSS")
-    if settle is not None:
-        _twice(steps, run)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    kept = run()
-    peak = _status("VmHWM")
-    del kept
-    return {"peak": peak - before, "gradients": sum(p.numel() * p.element_size() for p in steps.parameters)}
-
-
-def _twice(steps: step.Steps | split.Steps, run: Callable[[], object]) -> None:
-    for _ in range(2):
-        run()
-        steps.zero_grad()
-
-
-def _status(field: str) -> int:
-    """A field of ``/proc/self/status``, in bytes."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no field {field}.")
+    gradients = sum(p.numel() * p.element_size() for p in steps.parameters)
+    return {"peak": peak(run, steps.zero_grad, settle), "gradients": gradients}
 
 
 def _way(steps: Any, way: str) -> Callable[[], object]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from .timing import ratios
+from gradsurgery._bench.timing import ratios
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from torch import Tensor
 from torchjd.aggregation import GradVacWeighting, PCGradWeighting
 
 import gradsurgery as gs
+from gradsurgery._bench.timing import Contender, interleaved
 
 from .report import Figure, Options, faster
-from .timing import Contender, interleaved
 
 RULES: dict[str, tuple[gs.Rule, Callable[[], Any]]] = {
     "PCGrad": (gs.PCGrad(), PCGradWeighting),

@@ -16,9 +16,9 @@ from torchjd.aggregation import GradVac
 from torchjd.autojac import backward, jac_to_grad
 
 import gradsurgery as gs
+from gradsurgery._bench.timing import Contender, interleaved
 
 from .report import Figure, Options, faster, overhead
-from .timing import Contender, interleaved
 
 
 @dataclass(frozen=True)

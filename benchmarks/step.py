@@ -13,9 +13,9 @@ from torchjd.aggregation import GradVac
 from torchjd.autojac import jac_to_grad, mtl_backward
 
 import gradsurgery as gs
+from gradsurgery._bench.timing import Contender, interleaved
 
 from .report import Figure, Options, overhead
-from .timing import Contender, interleaved
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import gradsurgery as gs
+from gradsurgery._bench.timing import Contender, interleaved
 
 from .report import Figure, Options, overhead
-from .timing import Contender, interleaved
 
 
 class Surgery:

@@ -38,20 +38,33 @@ class Rule:
     pickling come for free. Everything that changes during training lives in the state, which is made by :meth:`init`,
     passed in and returned, never kept on the rule. Randomness comes from the given generator only.
 
-    Laws, each with a test of the same name:
+    Laws, which every rule keeps, and ``gradsurgery.testing.check_rule`` checks by these names:
 
-    * **batched**: ``mix`` on ``[G, K, K]`` equals ``mix`` on each group alone;
-    * **absent**: rows and columns of a task that is not active are those of the identity, no other entry depends on that
-      task, and the state of its pairs stays bit for bit as it was;
+    * **shape**: mixing matrices are like the Gram matrices, weights like the losses;
+    * **batched**: ``mix`` on ``[G, K, K]`` equals ``mix`` on each group alone (of rules that are ``separable``);
+    * **absent**: rows and columns of a task that is not active are those of the identity, and its weight is 1; no other
+      entry depends on that task, and the state of its pairs stays bit for bit as it was;
     * **pure**: neither the arguments nor the rule are modified;
-    * **finite**: a finite positive semi-definite Gram matrix, whatever its rank and scale, gives finite mixing matrices;
+    * **finite**: a finite positive semi-definite Gram matrix, whatever its rank and scale, gives finite mixing matrices,
+      and positive losses give finite weights;
     * **device**: no value is read back to the host (on the CPU, where that costs nothing, it may be);
+    * **loadable**: the state keeps the entries, shapes and dtypes that ``init`` gave it.
+
+    Claims, which a rule makes or denies by a class attribute, or a property, of that name:
+
     * **separable**: ``mix`` with some groups active and then, from the same random numbers, with the others, equals ``mix``
-      with all. Surgery inside the backward pass needs it; a rule that is not so, sets ``separable`` to False.
+      with all. Surgery inside the backward pass needs it;
+    * **random**: it draws from the generator. One that does not claim so draws no random numbers at all;
+    * **symmetric**: permuting the tasks permutes the result (of rules that are not ``random``);
+    * **scale_equivariant**: a common factor of all gradients leaves the mixing matrices as they are;
+    * **non_conflicting**: the combined gradient has no negative inner product with any task's.
     """
 
     separable: ClassVar[bool] = True
     random: ClassVar[bool] = False
+    symmetric: ClassVar[bool] = True
+    scale_equivariant: ClassVar[bool] = False
+    non_conflicting: ClassVar[bool] = False
 
     def init(
         self,

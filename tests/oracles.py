@@ -5,32 +5,19 @@ modified gradients ``[K, D]``, whose sum is the gradient that is stepped on.
 """
 
 from contextlib import contextmanager
-from itertools import combinations
 from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
 import torch
 
+from gradsurgery.testing.oracles import mean as mean
+from gradsurgery.testing.oracles import mgda as mgda
+from gradsurgery.testing.oracles import pcgrad as pcgrad
+
 
 def sum_(jacobian):
     return jacobian.copy()
-
-
-def mean(jacobian):
-    return jacobian / len(jacobian)
-
-
-def pcgrad(jacobian, orders):
-    """Yu et al. 2020, Algorithm 1."""
-    modified = jacobian.copy()
-    for i in range(len(jacobian)):
-        for j in orders[i]:
-            g_j = jacobian[j]
-            product = modified[i] @ g_j
-            if product < 0:
-                modified[i] = modified[i] - product / (g_j @ g_j) * g_j
-    return modified
 
 
 class Meeting(NamedTuple):
@@ -83,29 +70,6 @@ def _reaches(g, h, bound):
         return np.inf
     a, b, c = h @ h, 2 * g @ h, g @ g - bound**2
     return (-b + np.sqrt(max(b**2 - 4 * a * c, 0))) / (2 * a)
-
-
-def mgda(jacobian):
-    """Désidéri 2012: the shortest vector in the convex hull of the rows, found by looking at every face.
-
-    The shortest vector lies inside some face whose corners are affinely independent; there it is the shortest vector of the
-    face's affine hull. So the shortest of those candidates whose weights are not negative is the answer.
-
-    Returns:
-        The shortest vector ``[D]``.
-    """
-    scale = max(np.linalg.norm(jacobian, axis=1).max(), np.finfo(float).tiny)
-    rows, best = jacobian / scale, None
-    for size in range(1, len(rows) + 1):
-        for face in combinations(range(len(rows)), size):
-            origin, edges = rows[face[0]], rows[list(face[1:])] - rows[face[0]]
-            steps = np.linalg.lstsq(edges.T, -origin, rcond=None)[0] if size > 1 else np.zeros(0)
-            weights = np.array([1 - steps.sum(), *steps])
-            if (weights >= 0).all():
-                candidate = weights @ rows[list(face)]
-                if best is None or candidate @ candidate < best @ best:
-                    best = candidate
-    return best * scale
 
 
 # --- How the library is asked the same question. ----------------------------------------------------------------------

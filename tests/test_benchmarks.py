@@ -12,7 +12,7 @@ import gradsurgery as gs
 from benchmarks.__main__ import FIGURES, main, parse
 from benchmarks.report import Figure, overhead, table
 from benchmarks.split import Sizes, check
-from benchmarks.timing import Contender, interleaved, ratios
+from gradsurgery._bench.timing import Contender, interleaved, ratios
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ def test_index_names_everything_public():
     index = (ROOT / "docs/api.md").read_text()
     named = set(re.findall(r"`(\w+)`", "\n".join(line.split("|")[1] for line in index.splitlines() if "|" in line)))
     assert named - {"integrations"} == set(gs.__all__)  # which is not imported with the library
-    for module in (gs.plots, gs.sources):
+    for module in (gs.plots, gs.sources, gs.testing, gs.testing.oracles, gs.testing.strategies):
         for name in module.__all__:
             assert f"`{name}`" in index, name
     for loop in ("accelerate", "lightning", "transformers"):

@@ -1,17 +1,20 @@
-"""One table of rules, one table of laws. The laws of :class:`gradsurgery.Rule` have a test of the same name."""
+"""One table of rules, one table of laws: those of :class:`gradsurgery.Rule`, which the library checks itself."""
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
 import oracles
 import pytest
 import strategies
+import test_weigh
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import fixed_orders, gram, names
 
 import gradsurgery as gs
+from gradsurgery.testing._laws import LAWS
 
 CLOSE = 1e-9  # of the original norms, in float64 on well-conditioned Jacobians
 quick = settings(deadline=None, max_examples=20)
@@ -53,6 +56,9 @@ RULES = {
     "gradvac, mgda": gs.Chain(gs.GradVac(beta=0.3), gs.MGDA()),
 }
 every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+walks = pytest.mark.parametrize(
+    "rule", [rule for rule in RULES.values() if rule.random], ids=[name for name, rule in RULES.items() if rule.random]
+)
 
 
 # Rules whose weights depend on how long gradients are, whatever their directions: by the paper's equations.
@@ -73,7 +79,7 @@ def rules(*exclude):
 
 
 def test_the_table_has_every_rule():
-    parts = [part for rule in RULES.values() for part in (rule, *getattr(rule, "rules", ()))]
+    parts = [part for rule in ALL.values() for part in (rule, *getattr(rule, "rules", ()))]
     parts += [part.rule for part in parts if isinstance(part, gs.CRMOGM)]
     assert {type(part) for part in parts} == {gs.Rule, *(getattr(gs.rules, name) for name in gs.rules.__all__)}
 
@@ -168,8 +174,37 @@ def _widened(jacobian, dim):
 
 # --- The contract -----------------------------------------------------------------------------------------------------
 
+ALL = {**RULES, **test_weigh.RULES, "famo, pcgrad": gs.Chain(gs.FAMO(), gs.PCGrad())}
+CLAIMS = [(name, law) for name, rule in ALL.items() for law in LAWS.values() if law.claimed(rule)]
 
-@every_rule
+
+@pytest.mark.parametrize(("name", "law"), CLAIMS, ids=[f"{name}-{law.name}" for name, law in CLAIMS])
+def test_law(name, law):
+    rule = ALL[name]
+    tasks = {"gradvac on some tasks": ["0", "1", "2"], "uncertainty": test_weigh.TASKS, "stch": test_weigh.TASKS}.get(name)
+    gs.testing.check_rule(rule, laws=[law.name], tasks=tasks, tolerance=1e-5 if solves(rule) else CLOSE, examples=15)
+
+
+def test_every_law_is_in_the_docstring():
+    assert re.findall(r"\* \*\*(\w+)\*\*", gs.Rule.__doc__) == [*(law for law in LAWS if law not in FLAGS), *FLAGS]
+
+
+FLAGS = ["separable", "random", "symmetric", "scale_equivariant", "non_conflicting"]
+
+
+def test_what_is_claimed():
+    assert [name for name, rule in ALL.items() if rule.non_conflicting] == ["mgda"]
+    assert all(rule.scale_equivariant for name, rule in ALL.items() if name != "identity")
+    assert [type(rule).__name__ for rule in ALL.values() if rule.random and not isinstance(rule, gs.Chain)] == [
+        *["PCGrad", "GradVac", "GradVac", "GradVac"],
+        *["RLW", "RLW"],
+    ]
+
+
+# --- The same where tasks meet in random orders: from the same orders -------------------------------------------------
+
+
+@walks
 @quick
 @given(situation=situations(groups=3))
 def test_batched(rule, situation):
@@ -184,7 +219,7 @@ def test_batched(rule, situation):
         check_same_state(mapped(lambda _, v, g=g: v[g : g + 1], new), expected_state)
 
 
-@every_rule
+@walks
 @quick
 @given(situation=situations(max_tasks=4), data=st.data())
 def test_absent(rule, situation, data):
@@ -222,45 +257,7 @@ def test_absent(rule, situation, data):
         check_same_state(taken(new, here), alone_state)
 
 
-@every_rule
-@quick
-@given(situation=situations(strategies.jacobians), masked=st.booleans())
-def test_pure(rule, situation, masked):
-    jacobian, orders, targets = situation
-    tasks = len(jacobian)
-    matrix, state = gram(jacobian), some_state(rule, tasks, 1, targets)
-    active = torch.arange(tasks)[None] > 0 if masked else None
-    twins = matrix.clone(), mapped(lambda _, v: v.clone(), state), None if active is None else active.clone()
-    settings_before = repr(rule)
-    with fixed_orders(orders):
-        first, first_state = rule.mix(matrix, state, active=active)
-        assert torch.equal(matrix, twins[0])
-        check_same_state(state, twins[1], rtol=0, atol=0)
-        assert active is None or torch.equal(active, twins[2])
-        again, again_state = rule.mix(matrix, state, active=active)
-    assert torch.equal(first, again)
-    check_same_state(first_state, again_state, rtol=0, atol=0)
-    assert repr(rule) == settings_before
-
-
-@every_rule
-@settings(deadline=None, max_examples=60)
-@given(situation=situations(strategies.jacobians), dtype=st.sampled_from([torch.float32, torch.float64]))
-def test_finite(rule, situation, dtype):
-    jacobian, orders, targets = situation
-    matrix = gram(jacobian).to(dtype)  # up to 1e20
-    state = mapped(lambda _, v: v.to(dtype) if v.is_floating_point() else v, some_state(rule, len(jacobian), 1, targets))
-    with fixed_orders(orders):
-        mixing, new = rule.mix(matrix, state)
-    assert mixing.isfinite().all()
-    for _, value in leaves(new):
-        assert value.isfinite().all()
-
-
-# --- What one would expect --------------------------------------------------------------------------------------------
-
-
-@every_rule
+@walks
 @quick
 @given(situation=situations(), data=st.data())
 def test_permuting_the_tasks_permutes_the_result(rule, situation, data):
@@ -277,17 +274,7 @@ def test_permuting_the_tasks_permutes_the_result(rule, situation, data):
     check_same_state(found_state, taken(new, permutation))
 
 
-@rules(*BY_LENGTH)
-@quick
-@given(situation=situations(widest=3), factor=st.sampled_from([1e-7, 0.3, 12.0, 1e7]))
-def test_a_common_factor_changes_nothing(rule, situation, factor):
-    jacobian, orders, targets = situation
-    state = some_state(rule, len(jacobian), 1, targets)
-    with fixed_orders(orders):
-        mixing, new = rule.mix(gram(jacobian), state)
-        found, found_state = rule.mix(gram(factor * jacobian), state)
-    check_same_mixing(rule, found, mixing, jacobian)
-    check_same_state(found_state, new)
+# --- What one would expect --------------------------------------------------------------------------------------------
 
 
 @rules("mean", "mgda", "pcgrad, mean", "gradvac, mgda", *BY_LENGTH, *BY_LENGTHS)

@@ -14,20 +14,21 @@ LOOPS = ("accelerate", "lightning", "transformers")
 
 MODULES = {
     name: importlib.import_module(name)
-    for name in [
-        "gradsurgery",
-        *(f"gradsurgery.{info.name}" for info in pkgutil.iter_modules(gs.__path__)),
-        *(f"gradsurgery.integrations.{info.name}" for info in pkgutil.iter_modules(integrations.__path__)),
-    ]
-    if not name.rpartition(".")[2].startswith("_")
+    for name in ["gradsurgery", *(info.name for info in pkgutil.walk_packages(gs.__path__, "gradsurgery."))]
+    if "._" not in name
 }
 NAMES = [(module, name) for module in MODULES.values() for name in module.__all__]
 CLASSES = {value for module, name in NAMES if inspect.isclass(value := getattr(module, name))}
 
 
+NAMES_OF_MODULES = (
+    *("", ".plots", ".rules", ".sources", ".testing", ".testing.oracles", ".testing.strategies"),
+    *(".integrations", *(f".integrations.{name}" for name in LOOPS)),
+)
+
+
 def test_public_modules():
-    names = ("", ".integrations", ".plots", ".rules", ".sources", ".testing", *(f".integrations.{name}" for name in LOOPS))
-    assert set(MODULES) == {f"gradsurgery{name}" for name in names}
+    assert set(MODULES) == {f"gradsurgery{name}" for name in NAMES_OF_MODULES}
     assert all(module.__doc__ for module in MODULES.values())
 
 

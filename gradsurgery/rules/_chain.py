@@ -53,6 +53,18 @@ class Chain(Rule):
     def separable(self) -> bool:  # type: ignore[override]
         return all(rule.separable for rule in self.rules)
 
+    @property
+    def random(self) -> bool:  # type: ignore[override]
+        return any(rule.random for rule in self.rules)
+
+    @property
+    def symmetric(self) -> bool:  # type: ignore[override]
+        return all(rule.symmetric for rule in self.rules)
+
+    @property
+    def scale_equivariant(self) -> bool:  # type: ignore[override]
+        return all(rule.scale_equivariant for rule in self.rules)
+
     def init(
         self,
         tasks: Sequence[str],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -49,6 +50,8 @@ class DWA(Rule):
         ``epoch=1`` compares single steps, whose losses differ by their batches too: set the steps of an epoch, as the paper
         does. A loss whose mean was zero has no ratio, and counts as 1.
     """
+
+    scale_equivariant: ClassVar[bool] = True
 
     temperature: float = 2.0
     epoch: int = 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -53,6 +54,8 @@ class FAMO(Rule):
         Adam, with the decay in its gradient (Algorithm 1 has plain descent). ``delta`` is taken over the tasks that are
         there, each since its own last step. A loss below ``1e-20`` counts as that.
     """
+
+    scale_equivariant: ClassVar[bool] = True
 
     lr: float = 0.025
     decay: float = 1e-2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ class GLS(Rule):
     Note:
         A loss below ``1e-20`` counts as that. On other devices than the CPU, negative losses give nan.
     """
+
+    scale_equivariant: ClassVar[bool] = True
 
     def weigh(
         self, losses: Tensor, state: State, *, active: Tensor | None = None, generator: torch.Generator | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -61,6 +62,9 @@ class GradVac(Rule):
         gradient, and a ``g'_i`` that a projection has cancelled, have no cosine: nothing happens, and their target stays.
         Targets above ``1 - 1e-6`` count as that: angles below 1e-3 are rounding, in a Gram matrix from float32 products.
     """
+
+    random: ClassVar[bool] = True
+    scale_equivariant: ClassVar[bool] = True
 
     beta: float = 1e-2
     target: float | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -44,6 +45,8 @@ class IMTLL(Rule):
     Note:
         The paper trains ``s`` with the model's optimizer; here it has an Adam of its own, whose state is the rule's.
     """
+
+    scale_equivariant: ClassVar[bool] = True
 
     lr: float = 1e-3
 

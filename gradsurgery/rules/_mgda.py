@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -45,6 +46,9 @@ class MGDA(Rule):
         convergence does not suffer from many tasks or from gradients that depend on each other. Up to five tasks, we look
         at all subsets of them instead, of which one has the solution in closed form.
     """
+
+    scale_equivariant: ClassVar[bool] = True
+    non_conflicting: ClassVar[bool] = True
 
     tolerance: float = 1e-14
     iterations: int = 32

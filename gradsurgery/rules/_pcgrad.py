@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -42,6 +43,9 @@ class PCGrad(Rule):
         ``Chain(PCGrad(), Mean())``. The paper has no weights: ours change no projection, where a weighted loss would
         lengthen ``g_i`` before others meet it. A zero gradient is neither projected nor projected on.
     """
+
+    random: ClassVar[bool] = True
+    scale_equivariant: ClassVar[bool] = True
 
     weights: Weights | None = None
 

@@ -40,6 +40,7 @@ class RLW(Rule):
     """
 
     random: ClassVar[bool] = True
+    scale_equivariant: ClassVar[bool] = True
 
     distribution: str = "normal"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ class ScaleInvariant(Rule):
         A loss below ``1e-20`` counts as that. On other devices than the CPU, negative losses give nan. Dividing a loss by
         the number of accumulated backward passes makes no difference either: the weights are those of the summed losses.
     """
+
+    scale_equivariant: ClassVar[bool] = True
 
     def weigh(
         self, losses: Tensor, state: State, *, active: Tensor | None = None, generator: torch.Generator | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -49,9 +50,15 @@ class STCH(Rule):
         choose ``mu`` to match.
     """
 
+    scale_equivariant: ClassVar[bool] = True
+
     mu: float = 1.0
     preference: Sequence[float] | None = None
     ideal: Sequence[float] | None = None
+
+    @property
+    def symmetric(self) -> bool:  # type: ignore[override]
+        return self.preference is None and self.ideal is None
 
     def __post_init__(self) -> None:
         check_positive(mu=self.mu)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ class Sum(Rule):
         tensor([0., 1.])
     """
 
+    scale_equivariant: ClassVar[bool] = True
+
 
 @dataclass(frozen=True)
 class Mean(Rule):
@@ -35,6 +38,8 @@ class Mean(Rule):
     Note:
         Parameters that one task alone reaches are never operated on. They get that task's gradient, not its ``1/K``.
     """
+
+    scale_equivariant: ClassVar[bool] = True
 
     def mix(
         self, gram: Tensor, state: State, *, active: Tensor | None = None, generator: torch.Generator | None = None

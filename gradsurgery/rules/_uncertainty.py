@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -48,6 +49,8 @@ class UncertaintyWeighting(Rule):
         gradient of ``s`` needs nothing but the loss. Much published code uses the regression form for all losses, which is
         the default.
     """
+
+    scale_equivariant: ClassVar[bool] = True
 
     lr: float = 1e-3
     classification: Sequence[str] = ()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from tqdm import tqdm
+from .progress import progress
 
 _LONG_ENOUGH = 0.02  # seconds: a sample of something quicker is the mean of several calls
 
@@ -43,7 +43,7 @@ def interleaved(contenders: Mapping[str, Contender], repeats: int, label: str = 
     calls = {name: _warm_up(contender) for name, contender in contenders.items()}
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     with _no_garbage_collection():
-        for _ in tqdm(range(repeats), desc=label, leave=False, disable=None):
+        for _ in progress(range(repeats), label):
             for name, contender in contenders.items():
                 samples[name].append(_sample(contender, calls[name]))
             gc.collect(0)

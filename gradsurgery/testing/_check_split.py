@@ -1,4 +1,4 @@
-"""Checks for your own models: ``gradsurgery.testing``."""
+"""Is the single pass right on a model?"""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._buffer import Rows
-from ._mixed import MixedBatch, TaskIds
-from .sources._split import Pass
-
-__all__ = ["SplitReport", "check_split"]
+from .._buffer import Rows
+from .._mixed import MixedBatch, TaskIds
+from ..sources._split import Pass
 
 
 @dataclass(frozen=True)
