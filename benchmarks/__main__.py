@@ -12,7 +12,7 @@ from .compiled import compiled
 from .growth import growth
 from .memory import memory, memory_split
 from .report import Figure, Options, table, write
-from .rules import many_groups, one_group, picture
+from .rules import many_groups, one_group, picture, solved_many_groups, solved_one_group
 from .split import split
 from .step import step
 from .surgery import surgery
@@ -21,6 +21,8 @@ from .wire import wire
 FIGURES: dict[str, Callable[[Options], list[Figure]]] = {
     "rules-many": many_groups,
     "rules-one": one_group,
+    "solved-many": solved_many_groups,
+    "solved-one": solved_one_group,
     "step": step,
     "surgery": surgery,
     "memory": memory,

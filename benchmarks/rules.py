@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchjd import aggregation
 from torchjd.aggregation import GradVacWeighting, PCGradWeighting
 
 import gradsurgery as gs
@@ -22,6 +23,22 @@ from .report import Figure, Options, faster
 RULES: dict[str, tuple[gs.Rule, Callable[[], Any]]] = {
     "PCGrad": (gs.PCGrad(), PCGradWeighting),
     "GradVac": (gs.GradVac(beta=0.01), lambda: GradVacWeighting(beta=0.01)),
+}
+
+# Rules that solve a small problem. Of TorchJD's, some need the extras of torchjd[full]; Nash-MTL and ConFIG take gradients.
+SOLVED: dict[str, tuple[gs.Rule, Callable[[int], Any]]] = {
+    "UPGrad": (gs.UPGrad(), lambda tasks: aggregation.UPGradWeighting()),
+    "DualProj": (gs.DualProj(), lambda tasks: aggregation.DualProjWeighting()),
+    "MGDA": (gs.MGDA(), lambda tasks: aggregation.MGDAWeighting()),
+    "CAGrad": (gs.CAGrad(c=0.4), lambda tasks: aggregation.CAGradWeighting(c=0.4)),
+    "Nash-MTL": (gs.NashMTL(), lambda tasks: _of_rows(aggregation.NashMTL(tasks, 0.0, 1, 20))),
+    "FairGrad": (gs.FairGrad(alpha=2.0), lambda tasks: aggregation.FairGradWeighting(alpha=2.0)),
+    "Aligned-MTL": (gs.AlignedMTL(), lambda tasks: aggregation.AlignedMTLWeighting()),
+    "IMTL-G": (gs.IMTLG(), lambda tasks: aggregation.IMTLGWeighting()),
+    "ConFIG": (gs.ConFIG(), lambda tasks: _of_rows(aggregation.ConFIG())),
+    "SDMGrad": (gs.SDMGrad(), lambda tasks: aggregation.SDMGradWeighting()),
+    "MoDo": (gs.MoDo(), lambda tasks: aggregation.MoDoWeighting()),
+    "Krum": (gs.Krum(), lambda tasks: aggregation.KrumWeighting(0)),
 }
 
 
@@ -39,6 +56,38 @@ def one_group(options: Options) -> list[Figure]:
     return few + _figures(
         1, 5 if options.quick else 32, (torch.float32, torch.float64), options.repeats, options.seed, target=20
     )
+
+
+def solved_many_groups(options: Options) -> list[Figure]:
+    """Rules that solve a small problem, for fifty groups of 32 tasks."""
+    groups, tasks = (2, 6) if options.quick else (50, 32)
+    return _solved(groups, tasks, max(3, options.repeats // 5), options.seed, target=25)
+
+
+def solved_one_group(options: Options) -> list[Figure]:
+    """Rules that solve a small problem, for one group of 4 tasks."""
+    return _solved(1, 4, options.repeats, options.seed, target=0.83)
+
+
+def _solved(groups: int, tasks: int, repeats: int, seed: int, target: float) -> list[Figure]:
+    figures = []
+    grams = _grams(groups, tasks, torch.float64, seed)
+    for name, (rule, weighting) in SOLVED.items():
+        try:
+            ours, reference = _steps(rule, [weighting(tasks) for _ in range(groups)], grams)
+            reference()
+        except ImportError as error:
+            print(f"  {name} is left out: {error}")
+            continue
+        label = f"{name} alone, G={groups} K={tasks}, against TorchJD"
+        times = interleaved({"ours": Contender(ours), "reference": Contender(reference)}, repeats, label)
+        figures.append(faster(label, times["ours"], times["reference"], target))
+    return figures
+
+
+def _of_rows(aggregator: Any) -> Callable[[Tensor], Tensor]:
+    """Something that takes gradients, given a Gram matrix instead: any rows that have it will do."""
+    return lambda gram: aggregator(torch.linalg.cholesky(gram))
 
 
 def picture(options: Options) -> list[Figure]:
@@ -131,11 +180,14 @@ def _times(
 def _contestants(name: str, grams: Tensor) -> tuple[Callable[[], Tensor], Callable[[], list[Tensor]]]:
     """Two functions that make the next step: both give the coefficients ``[G, K]`` of the tasks."""
     rule, weighting = RULES[name]
+    return _steps(rule, [weighting() for _ in range(grams.shape[1])], grams)
+
+
+def _steps(rule: gs.Rule, weightings: list[Any], grams: Tensor) -> tuple[Callable[[], Tensor], Callable[[], list[Tensor]]]:
     _, groups, tasks, _ = grams.shape
     state = rule.init([f"task{k}" for k in range(tasks)], [f"group{g}" for g in range(groups)], dtype=grams.dtype)
     generator = torch.Generator().manual_seed(0)
     our_grams, their_grams = itertools.cycle(grams.unbind()), itertools.cycle(grams.unbind())
-    weightings = [weighting() for _ in range(groups)]
 
     def ours() -> Tensor:
         nonlocal state

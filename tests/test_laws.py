@@ -112,6 +112,7 @@ def some_state(rule, tasks, groups, targets):
 
 def taken(state, tasks):
     """The state of some of the tasks, in this order."""
+
     def take(key, value):
         return (value[:, tasks][:, :, tasks] if value.dim() == 3 else value[:, tasks]) if value.dim() > 1 else value[tasks]
 
