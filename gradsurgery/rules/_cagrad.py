@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -41,6 +42,8 @@ class CAGrad(Rule):
         tasks, and else for those that Newton steps lead to. Where ``g_w`` is zero its direction is not defined: ``||g_w||``
         is rounded off there, below 1e-7 of the largest norm. TorchJD returns zero there.
     """
+
+    scale_equivariant: ClassVar[bool] = True
 
     c: float = 0.4
 

@@ -57,8 +57,8 @@ class GradNorm(Rule):
     Note:
         The weights multiply the losses, so that heads are weighted too, as in the paper; ``gradsurgery.operate``, which
         sees no losses, leaves gradients as they are. Norms are over all parameters that two tasks or more reach, rather
-        than the last shared layer only. The paper lets a weight become negative; ours stop at ``smallest``. Absent tasks keep
-        their weight, and the others' add up to what they had. Losses should be positive.
+        than the last shared layer only. The paper lets a weight become negative; ours stop at ``smallest``. Absent tasks
+        keep their weight, and the others' add up to what they had. Losses should be positive.
     """
 
     alpha: float = 1.5
