@@ -51,17 +51,26 @@ def entries(*, timed: bool = False) -> list[Entry]:
 
 def _entry(rule: type[Rule], timed: bool) -> Entry:
     doc = inspect.getdoc(rule) or ""
-    moments = [name for name in ("weigh", "mix") if getattr(rule, name) is not getattr(Rule, name)]
+    looks = {"losses": ("weigh",), "gradients": ("mix", "observe")}
+    seen = [what for what, names in looks.items() if any(getattr(rule, name) is not getattr(Rule, name) for name in names)]
     flags = {flag: value if isinstance(value := getattr(rule, flag), bool) else None for flag in FLAGS}
     return Entry(
         name=rule.__name__,
         what=_first_sentence(doc),
-        sees=", ".join({"weigh": "losses", "mix": "gradients"}[name] for name in moments),
-        state=rule.init is not Rule.init,
+        sees=", ".join(seen),
+        state=_remembers(rule),
         flags=flags,
         paper=_section(doc, "Reference"),
         cost=tuple(_seconds(rule, *size) for size in COST) if timed else (),
     )
+
+
+def _remembers(rule: type[Rule]) -> bool:
+    """Whether it has a state: with its default settings, if it can do with those."""
+    try:
+        return bool(rule().init(["0", "1"], ["group"]))
+    except (TypeError, ValueError):
+        return rule.init is not Rule.init
 
 
 def _first_sentence(doc: str) -> str:

@@ -130,8 +130,13 @@ class Rule:
 def implements(rule: Rule, moment: str) -> bool:
     """Whether ``rule`` gives the moment (``"weigh"``, ``"mix"`` or ``"observe"``) a meaning of its own.
 
+    A rule that wraps another one, its ``rule``, weighs and observes if that does.
+
     >>> import gradsurgery as gs
-    >>> implements(gs.PCGrad(), "mix"), implements(gs.PCGrad(), "weigh")
-    (True, False)
+    >>> implements(gs.PCGrad(), "mix"), implements(gs.PCGrad(), "weigh"), implements(gs.CRMOGM(gs.MGDA()), "weigh")
+    (True, False, False)
     """
-    return any(getattr(type(part), moment) is not getattr(Rule, moment) for part in getattr(rule, "rules", (rule,)))
+    parts = getattr(rule, "rules", (rule,))
+    if moment != "mix":
+        parts = tuple(getattr(part, "rule", part) for part in parts)
+    return any(getattr(type(part), moment) is not getattr(Rule, moment) for part in parts)

@@ -176,7 +176,7 @@ WRONG = {
     "no pair": (["--model", "own_model:wrong"], r"own_model:wrong() returned Linear. --model names a function without"),
     "no mapping": (["--model", "own_model:stack"], "own_model:stack(): losses() returned no mapping"),
     "sizes": (["--model", "own_model:make", "--width", "4"], "--width is a size of the built-in model"),
-    "rule": (["--rules", "PCGrad,Nothing"], "There is no rule 'Nothing'. The rules are DWA, FAMO"),
+    "rule": (["--rules", "PCGrad,Nothing"], "There is no rule 'Nothing'. The rules are "),
     "chain": (["--rules", "Chain"], "There is no rule 'Chain'"),
     "source": (["--sources", "magic"], "There is no source 'magic'. Choose from autograd, batched, split"),
     "groups": (["--groups", "head"], "There is no kind of groups 'head'. Choose from model, layer"),

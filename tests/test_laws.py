@@ -182,8 +182,8 @@ CLAIMS = [(name, law) for name, rule in ALL.items() for law in LAWS.values() if 
 @pytest.mark.parametrize(("name", "law"), CLAIMS, ids=[f"{name}-{law.name}" for name, law in CLAIMS])
 def test_law(name, law):
     rule = ALL[name]
-    tasks = {"gradvac on some tasks": ["0", "1", "2"], "uncertainty": test_weigh.TASKS, "stch": test_weigh.TASKS}.get(name)
-    gs.testing.check_rule(rule, laws=[law.name], tasks=tasks, tolerance=1e-5 if solves(rule) else CLOSE, examples=15)
+    tasks = ["0", "1", "2"] if "'0'" in repr(rule) else test_weigh.TASKS if name in ("uncertainty", "stch") else None
+    gs.testing.check_rule(rule, laws=[law.name], tasks=tasks, tolerance=1e-5 if solves(rule) else CLOSE, examples=8)
 
 
 def test_every_law_is_in_the_docstring():
@@ -194,12 +194,11 @@ FLAGS = ["separable", "random", "symmetric", "scale_equivariant", "non_conflicti
 
 
 def test_what_is_claimed():
-    assert [name for name, rule in ALL.items() if rule.non_conflicting] == ["mgda"]
-    assert all(rule.scale_equivariant for name, rule in ALL.items() if name != "identity")
-    assert [type(rule).__name__ for rule in ALL.values() if rule.random and not isinstance(rule, gs.Chain)] == [
-        *["PCGrad", "GradVac", "GradVac", "GradVac"],
-        *["RLW", "RLW"],
-    ]
+    names = lambda flag: {name for name, rule in ALL.items() if getattr(rule, flag)}  # noqa: E731
+    assert names("non_conflicting") == {"mgda", "upgrad", "upgrad with weights", "dualproj"}
+    assert set(ALL) - names("scale_equivariant") == {"identity", "gradnorm", *BY_LENGTH}
+    assert {type(ALL[name]) for name in names("random")} == {gs.PCGrad, gs.GradVac, gs.RLW, gs.Chain}
+    assert set(ALL) - names("symmetric") == {"stch"}
 
 
 # --- The same where tasks meet in random orders: from the same orders -------------------------------------------------

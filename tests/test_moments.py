@@ -255,6 +255,16 @@ def test_streaming_weighs_alike(rule):
     torch.testing.assert_close(other.rule_state, opt.rule_state)
 
 
+def test_a_rule_that_wraps_another_weighs_if_that_does():
+    jacobian, losses = torch.tensor([[1.0, 1.0], [-1.0, 0.0]]), torch.tensor([2.0, 0.5])
+    assert gs.operate(jacobian, gs.CRMOGM(gs.MGDA())).shape == (2,)
+    wrapped = gs.Chain(gs.CRMOGM(gs.ScaleInvariant()), gs.Mean())
+    with pytest.raises(ValueError, match="weighs losses"):
+        gs.operate(jacobian, wrapped)
+    expected = gs.operate(jacobian, gs.Chain(gs.ScaleInvariant(), gs.Mean()), losses=losses)
+    torch.testing.assert_close(gs.operate(jacobian, wrapped, losses=losses), expected)
+
+
 def test_a_rule_on_given_gradients_needs_their_losses():
     jacobian = torch.tensor([[1.0, 1.0], [-1.0, 0.0]])
     losses = torch.tensor([2.0, 0.5])

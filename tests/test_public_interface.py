@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 import gradsurgery as gs
-from gradsurgery import integrations
 
 LOOPS = ("accelerate", "lightning", "transformers")
 

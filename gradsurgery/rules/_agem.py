@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,6 +40,8 @@ class AGEM(Rule):
         an anchor alone reaches. In the paper ``r`` is from one batch drawn from all memories; the mean of the anchors is
         that in expectation, if they are drawn equally often. If ``r`` is zero there is no constraint.
     """
+
+    scale_equivariant: ClassVar[bool] = True
 
     anchors: Sequence[str]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -45,6 +46,8 @@ class AlignedMTL(Rule):
         gradients in float64 that are nearly dependent. If all are zero, the gradients stay as they are. The decomposition
         waits for the device where PyTorch's eigensolver does.
     """
+
+    scale_equivariant: ClassVar[bool] = True
 
     scale: str = "min"
     weights: Weights | None = None

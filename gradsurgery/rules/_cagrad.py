@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +44,8 @@ class CAGrad(Rule):
         ``<g_i, d> >= m`` is further away the larger ``m`` is, in a convex way. Where ``g_w`` is zero its direction is not
         defined: each gradient gets a common part, of 1e-5 of its length. TorchJD returns zero there.
     """
+
+    scale_equivariant: ClassVar[bool] = True
 
     c: float = 0.4
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -41,6 +42,8 @@ class ConFIG(Rule):
         of the longest count as none: Gram matrices may be from products in float32. Where the gradients cancel, such as two
         opposite ones, there is no such direction, and the result is zero.
     """
+
+    scale_equivariant: ClassVar[bool] = True
 
     weights: Weights | None = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +44,8 @@ class CosineGate(Rule):
         The paper has one main task. Where none of the main tasks is there, or their gradients cancel, nothing can be told,
         and all gradients pass.
     """
+
+    scale_equivariant: ClassVar[bool] = True
 
     main: Sequence[str]
     weighted: bool = True

@@ -65,6 +65,18 @@ class CRMOGM(Rule):
     def separable(self) -> bool:  # type: ignore[override]
         return self.rule.separable
 
+    @property
+    def random(self) -> bool:  # type: ignore[override]
+        return self.rule.random
+
+    @property
+    def symmetric(self) -> bool:  # type: ignore[override]
+        return self.rule.symmetric
+
+    @property
+    def scale_equivariant(self) -> bool:  # type: ignore[override]
+        return self.rule.scale_equivariant
+
     def init(
         self,
         tasks: Sequence[str],
@@ -80,7 +92,7 @@ class CRMOGM(Rule):
     def weigh(
         self, losses: Tensor, state: State, *, active: Tensor | None = None, generator: torch.Generator | None = None
     ) -> tuple[Tensor, State]:
-        weights, own = self.rule.weigh(losses, state["rule"], active=active)
+        weights, own = self.rule.weigh(losses, state["rule"], active=active, generator=generator)
         return weights, {**state, "rule": own}
 
     def mix(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,6 +40,9 @@ class DualProj(Rule):
     Note:
         TorchJD adds 1e-4 to the diagonal of the normalised Gram matrix by default; we change nothing.
     """
+
+    scale_equivariant: ClassVar[bool] = True
+    non_conflicting: ClassVar[bool] = True
 
     weights: Weights | None = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ class EqualNorm(Rule):
     Note:
         Zero gradients stay zero and do not count.
     """
+
+    scale_equivariant: ClassVar[bool] = True
 
     to: str = "mean"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -44,6 +45,8 @@ class GEM(Rule):
         The authors' code adds 1e-3 to the diagonal of the Gram matrix; we change nothing. A parameter that a single task
         reaches gets that task's gradient, since no rule operates on it: freeze heads that an anchor alone reaches.
     """
+
+    scale_equivariant: ClassVar[bool] = True
 
     anchors: Sequence[str]
     margin: float = 0.0

@@ -14,7 +14,7 @@ from ._weighing import positive, who_is_there
 
 @dataclass(frozen=True)
 class GLS(Rule):
-    r"""Minimises the geometric mean of the losses, ``L = (L_1 ... L_n)^(1/n)`` for the ``n`` tasks that are there.
+    r"""Minimises the geometric mean of the losses: ``L = (prod_i L_i)^(1/n)`` for the ``n`` tasks that are there.
 
     Its gradient weighs each loss by ``w_i = L / (n L_i)``: what is small already counts as much as what is large.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +34,8 @@ class IMTLG(Rule):
         units of the gradients' lengths; TorchJD's is shortest by itself, which gives long gradients other weights. Zero
         gradients take no part. Where the weights cancel, so that no multiple of them adds up to 1, all are zero.
     """
+
+    scale_equivariant: ClassVar[bool] = True
 
     def mix(
         self, gram: Tensor, state: State, *, active: Tensor | None = None, generator: torch.Generator | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -42,6 +43,8 @@ class Krum(Rule):
         TorchJD adds up distances that are not squared, and so may choose other tasks. Of equal scores the first is chosen,
         as in the paper. Where so many tasks are absent that ``n - f - 2`` is below 1, the nearest one counts.
     """
+
+    scale_equivariant: ClassVar[bool] = True
 
     byzantine: int = 0
     selected: int = 1

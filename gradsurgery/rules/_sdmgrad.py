@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -51,6 +52,8 @@ class SDMGrad(Rule):
         The paper's gradient of the objective is from two independent batches, ``J_1 J_2^T``, so that it is unbiased; ours
         is from the one batch of the step, as in most uses of MGDA.
     """
+
+    scale_equivariant: ClassVar[bool] = True
 
     lam: float = 0.3
     lr: float = 10.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -41,6 +42,9 @@ class UPGrad(Rule):
         adds 1e-4 to the diagonal of the normalised Gram matrix by default, so that its result may conflict a little with
         tasks whose gradients are short.
     """
+
+    scale_equivariant: ClassVar[bool] = True
+    non_conflicting: ClassVar[bool] = True
 
     weights: Weights | None = None
 

@@ -276,9 +276,13 @@ def symmetric(rule: Rule, s: Situation) -> None:
 
 
 def scale_equivariant(rule: Rule, s: Situation) -> None:
-    """A common factor of all gradients, in all steps, is a factor of the result: mixing matrices stay as they are."""
-    found = s.each(lambda given: Given(given.jacobian * s.factor, given.losses)).answer(rule).mixing
-    check_close(f"All gradients times {s.factor:g}", found, s.answer(rule).mixing, s.now, s.tolerance)
+    """A common factor of all gradients, in all steps, is a factor of the result: mixing matrices and weights stay
+    as they are."""
+    found, expected = s.each(lambda given: Given(given.jacobian * s.factor, given.losses)).answer(rule), s.answer(rule)
+    what = f"All gradients times {s.factor:g}"
+    check_close(what, found.mixing, expected.mixing, s.now, s.tolerance)
+    if not torch.allclose(found.weights, expected.weights, rtol=s.tolerance, atol=0):
+        raise LawBroken(differs(f"{what}: weights", found.weights, expected.weights))
 
 
 def non_conflicting(rule: Rule, s: Situation) -> None:

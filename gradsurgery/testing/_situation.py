@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .._rule import Rule, State, implements
+from .._step import Step
 
 Array: TypeAlias = npt.NDArray[np.float64]
 
@@ -116,7 +117,7 @@ def ask(
     generator: torch.Generator | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Answer:
-    """One step: the rule weighs the losses, and mixes the gradients of the weighted losses."""
+    """One step: the rule weighs the losses, mixes the gradients of the weighted losses, and observes what came of it."""
     generator = torch.Generator().manual_seed(seed) if generator is None else generator
     jacobian = torch.tensor(given.jacobian)
     gram = jacobian @ jacobian.mT
@@ -127,7 +128,21 @@ def ask(
         weights, state = rule.weigh(losses, state, active=present, generator=generator)
         if weights.shape == losses.shape:
             gram = gram * weights[:, None] * weights
-    mixing, state = rule.mix(gram.to(dtype), state, active=active, generator=generator)
+    gram = gram.to(dtype)
+    mixing, state = rule.mix(gram, state, active=active, generator=generator)
+    if implements(rule, "observe"):
+        names = [str(k) for k in range(len(losses))], [str(g) for g in range(len(gram))]
+        there = torch.ones(gram.shape[:2], dtype=torch.bool) if active is None else active
+        step = Step(
+            tasks=tuple(names[0]),
+            groups=tuple(names[1]),
+            active=there,
+            gram=gram,
+            mixing=mixing,
+            losses=losses.masked_fill(~there.any(0), torch.nan) if len(gram) else losses,
+            loss_weights=weights if implements(rule, "weigh") else None,
+        )
+        state = rule.observe(step, state)
     return Answer(weights, mixing, state)
 
 
