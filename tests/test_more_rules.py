@@ -136,7 +136,7 @@ def test_cagrad_equals_its_oracle(c, jacobian):
 @sizes
 @pytest.mark.parametrize("c", [0.2, 0.7])
 def test_cagrad_is_optimal(tasks, dim, c):
-    """Weak duality: whatever ``w``, the least gain of any ``d`` that is allowed is at most its value. Here they are equal."""
+    """Weak duality: the least gain of any ``d`` that is allowed is at most the value of any ``w``. Here they are equal."""
     jacobian = many(tasks, tasks, dim)
     g0 = jacobian.mean(0)
     weights = weights_of(gs.CAGrad(c=c), jacobian)

@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradsurgery as gs
 from gradsurgery import _buffer
+from gradsurgery.rules import _solvers
 
 aten = torch.ops.aten
 READS = {
@@ -31,6 +32,48 @@ def test_the_check_can_fail():
 
 
 RULES = [gs.Sum(), gs.Mean(), gs.PCGrad(), gs.GradVac(), gs.GradVac(target=0.5), gs.Chain(gs.PCGrad(), gs.Mean())]
+LOOKING = [  # on the CPU
+    *(gs.MGDA(), gs.UPGrad(), gs.DualProj(), gs.CAGrad(), gs.NashMTL(), gs.NashMTL(update_every=2), gs.FairGrad(alpha=2.0)),
+    *(gs.AlignedMTL(), gs.AlignedMTL(scale="median"), gs.IMTLG(), gs.ConFIG(), gs.GradNorm(), gs.CosineGate(("a",))),
+    *(gs.AGEM(("a",)), gs.GEM(("a",)), gs.SDMGrad(), gs.MoDo(), gs.CRMOGM(gs.MGDA()), gs.Krum(), gs.EqualNorm()),
+    gs.UPGrad(weights={"a": 2.0}),
+]
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """Takes the way of other devices."""
+    monkeypatch.setattr(_buffer, "_products_are_exact", lambda: False)
+    monkeypatch.setattr(_solvers, "looks", lambda tensor: False)
+    for name in ("_mgda", "_cagrad", "_nash_mtl"):
+        monkeypatch.setattr(f"gradsurgery.rules.{name}.looks", lambda tensor: False)
+
+
+@pytest.mark.parametrize("tasks", [3, 7])
+@pytest.mark.parametrize("rule", LOOKING, ids=repr)
+def test_solvers(rule, tasks, elsewhere):
+    torch.manual_seed(0)
+    rows = torch.randn(2, tasks, 9, dtype=torch.float64)
+    gram, names = rows @ rows.mT, list("abcdefg"[:tasks])
+    state = rule.init(names, ["x", "y"])
+    active = torch.tensor([[True] * tasks, [True] * (tasks - 1) + [False]])
+    with NoReads():
+        for here in (None, active, active):
+            mixing, state = rule.mix(
+                gram if here is None else gram * here[:, :, None] * here[:, None, :], state, active=here
+            )
+    assert mixing.isfinite().all()
+
+
+@pytest.mark.parametrize("tasks", [3, 7])
+@pytest.mark.parametrize("rule", LOOKING[:10], ids=repr)
+def test_solvers_find_the_same_without_looking(rule, tasks, elsewhere, monkeypatch):
+    torch.manual_seed(1)
+    rows = torch.randn(2, tasks, 9, dtype=torch.float64)
+    state = rule.init(list("abcdefg"[:tasks]), ["x", "y"])
+    found = (rule.mix(rows @ rows.mT, state)[0] @ rows).sum(1)
+    monkeypatch.undo()
+    torch.testing.assert_close(found, (rule.mix(rows @ rows.mT, state)[0] @ rows).sum(1), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=repr)

@@ -15,7 +15,11 @@ import torch
 import gradsurgery as gs
 from gradsurgery.rules._walk import random_order
 
-RULES = [gs.Sum(), gs.Mean(), gs.PCGrad(), gs.GradVac(), gs.GradVac(target=0.5), gs.MGDA()]
+RULES = [
+    *(gs.Sum(), gs.Mean(), gs.PCGrad(), gs.GradVac(), gs.GradVac(target=0.5), gs.MGDA(), gs.UPGrad(), gs.DualProj()),
+    *(gs.CAGrad(), gs.AlignedMTL(), gs.IMTLG(), gs.ConFIG(), gs.CosineGate(("0",)), gs.AGEM(("1",)), gs.GEM(("1",))),
+    *(gs.SDMGrad(lr=0.3), gs.Krum(selected=2), gs.EqualNorm()),
+]
 every_rule = pytest.mark.parametrize("rule", RULES, ids=repr)
 
 
@@ -321,6 +325,23 @@ OBJECTS = [
     (gs.GradVac(beta=0.1), "GradVac(beta=0.1, target=None, tasks=None, max_growth=10.0, weights=None)"),
     (gs.GradVac(target=0.5, tasks=["de"]), "GradVac(beta=0.01, target=0.5, tasks=('de',), max_growth=10.0, weights=None)"),
     (gs.MGDA(), f"MGDA(tolerance={gs.MGDA().tolerance}, iterations={gs.MGDA().iterations})"),
+    (gs.UPGrad(weights={"a": 2}), "UPGrad(weights=(('a', 2.0),))"),
+    (gs.DualProj(), "DualProj(weights=None)"),
+    (gs.CAGrad(c=0.5), "CAGrad(c=0.5)"),
+    (gs.NashMTL(update_every=3), "NashMTL(update_every=3)"),
+    (gs.FairGrad(alpha=2.0), "FairGrad(alpha=2.0)"),
+    (gs.AlignedMTL(), "AlignedMTL(scale='min', weights=None)"),
+    (gs.IMTLG(), "IMTLG()"),
+    (gs.ConFIG(), "ConFIG(weights=None)"),
+    (gs.GradNorm(), "GradNorm(alpha=1.5, lr=0.025, smallest=0.001)"),
+    (gs.CosineGate(["a"]), "CosineGate(main=('a',), weighted=True)"),
+    (gs.AGEM(["a"]), "AGEM(anchors=('a',))"),
+    (gs.GEM(["a"]), "GEM(anchors=('a',), margin=0.0)"),
+    (gs.SDMGrad(), "SDMGrad(lam=0.3, lr=10.0, momentum=0.5, iterations=20, weights=None)"),
+    (gs.MoDo(), "MoDo(lr=0.1, rho=0.1)"),
+    (gs.CRMOGM(gs.IMTLG()), "CRMOGM(rule=IMTLG(), alpha=0.9)"),
+    (gs.Krum(), "Krum(byzantine=0, selected=1)"),
+    (gs.EqualNorm(), "EqualNorm(to='mean')"),
     (gs.Chain(gs.PCGrad(), gs.Mean()), "Chain(PCGrad(weights=None), Mean())"),
 ]
 

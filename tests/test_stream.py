@@ -380,7 +380,7 @@ WHY_NOT = {
     "not separable": ({"rule": Global()}, r"Global\(\) needs all surgery groups at a time"),
     "a chain that is not": (
         {"rule": gs.Chain(gs.PCGrad(), Global())},
-        r"Chain\(PCGrad\(\), Global\(\)\) needs all surgery",
+        r"Chain\(PCGrad\(weights=None\), Global\(\)\) needs all surgery",
     ),
 }
 

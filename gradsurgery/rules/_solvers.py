@@ -329,7 +329,8 @@ def balanced(cosines: Tensor, target: Tensor, power: float, rule: str) -> Tensor
     target = target - shift
     w, error = _balanced(cosines, target, power, 1e-12)
     # Where it is what was added to C that makes a solution, it had better not be a huge one.
-    failed = ~(torch.maximum(error, 1e-12 * (w ** (1 + power) / target.exp()).amax(-1, keepdim=True) * 1e-4) < 1e-8)
+    made = 1e-12 * (w ** (1 + power) / target.exp()).amax(-1, keepdim=True)  # the largest part of C w that is not from C
+    failed = ~((error < 1e-8) & (made < 1e-4))
     if not looks(w):
         w = torch.where(failed, _balanced(cosines, target, power, 1e-6)[0], w)
     elif bool(failed.any()):
