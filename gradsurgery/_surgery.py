@@ -150,7 +150,9 @@ class Surgery:
         if gradients.parameters[0].device == gradients.device:
             return
         gradients.locate()
+        batch = self.split
         self.forget()
+        self.split = batch
         self.generator = torch.Generator(gradients.device).manual_seed(self._seed)
         self._indices.clear()
         if self.tasks is not None:

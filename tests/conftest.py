@@ -1,5 +1,7 @@
 """Small models that several test files share, and the naive computations that they are compared with."""
 
+import sys
+
 import pytest
 import torch
 from ranks import Ranks
@@ -23,6 +25,22 @@ def ranks():
     pool = Ranks()
     yield pool
     pool.stop()
+
+
+@pytest.fixture(autouse=True)
+def _no_accelerator():
+    """An Accelerator keeps its settings in the class, for the Trainer of Transformers too."""
+    yield
+    if "accelerate" in sys.modules:
+        forget_accelerator()
+
+
+def forget_accelerator():
+    """As in a new process."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 class Heads(nn.Module):

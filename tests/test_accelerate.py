@@ -2,13 +2,12 @@
 
 import copy
 
-import accelerate
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from accelerate.utils import DistributedType
-from conftest import Bent, Heads, batch, check_same, wrap
+from conftest import Bent, Heads, batch, check_same, forget_accelerator, wrap
 from torch.utils.data import DataLoader
 
 import gradsurgery as gs
@@ -16,14 +15,6 @@ from gradsurgery.integrations.accelerate import joint_loss
 
 RULE = gs.GradVac(beta=0.3)
 BATCHES = 6
-
-
-@pytest.fixture(autouse=True)
-def _fresh():
-    """An Accelerator keeps its settings in the class."""
-    yield
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    accelerate.state.GradientState._reset_state()
 
 
 class Tracker(GeneralTracker):
@@ -179,8 +170,7 @@ def test_resuming(tmp_path):
     surgery, *rest = prepared(accelerator, copy.deepcopy(start))
     loop(accelerator, surgery, *rest)
     accelerator.save_state(tmp_path)
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    accelerate.state.GradientState._reset_state()
+    forget_accelerator()
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     surgery, *rest = prepared(accelerator, model := copy.deepcopy(start))
     accelerator.load_state(tmp_path)

@@ -222,3 +222,18 @@ def test_a_model_that_was_moved_after_its_optimizer_was_made():
         other.step()
     assert opt._surgery.gradients.device == torch.device("cpu")
     check_same(model, twin)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_a_model_that_was_moved_ahead_of_a_mixed_batch(joint):
+    model, ids = mixed()
+    opt = wrap(model, gs.PCGrad(), tasks=3)
+    opt._surgery.gradients.device = torch.device("cpu", 7)
+    with opt.split(ids):
+        losses = model(batch())[:, 0].square()
+    if joint:
+        opt.joint_loss(losses).backward()
+    else:
+        opt.backward(losses)
+    opt.step()
+    assert opt.last.losses.isfinite().all()
