@@ -12,6 +12,7 @@ from .growth import growth
 from .memory import memory, memory_split
 from .report import Figure, Options, table, write
 from .rules import many_groups, one_group, picture
+from .scale import scale
 from .split import split
 from .step import step
 from .surgery import surgery
@@ -28,6 +29,7 @@ FIGURES: dict[str, Callable[[Options], list[Figure]]] = {
     "picture": picture,
     "growth": growth,
     "wire": wire,
+    "scale": scale,
 }
 
 
