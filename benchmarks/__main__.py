@@ -13,6 +13,7 @@ from .growth import growth
 from .memory import memory, memory_split
 from .report import Figure, Options, table, write
 from .rules import many_groups, one_group, picture, solved_many_groups, solved_one_group
+from .scale import scale
 from .split import split
 from .step import step
 from .surgery import surgery
@@ -32,6 +33,7 @@ FIGURES: dict[str, Callable[[Options], list[Figure]]] = {
     "growth": growth,
     "wire": wire,
     "compiled": compiled,
+    "scale": scale,
 }
 
 

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.fsdp import fully_shard
+from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("torchjd")
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -11,7 +13,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import gradsurgery as gs
 from benchmarks.__main__ import FIGURES, main, parse
 from benchmarks.report import Figure, overhead, table
+from benchmarks.scale import Job
 from benchmarks.split import Sizes, check
+from benchmarks.wire import Counting, Network, _new
 from gradsurgery._bench.timing import Contender, interleaved, ratios
 
 
@@ -34,7 +38,7 @@ def test_everything_runs_in_small(tmp_path, capsys, threads):
     starts = ("peak memory, K=", "peak memory, single pass, K=", "single pass, K=", "growth, width ", "bytes sent, K=")
     for start in (*starts, "compiled, K="):
         assert any(figure.name.startswith(start) for figure in figures)
-    for picture in ("rules.png", "growth.png"):
+    for picture in ("rules.png", "growth.png", "scale.png"):
         assert (tmp_path / picture).stat().st_size > 10_000
 
 
@@ -105,6 +109,67 @@ def test_figures_know_whether_they_met_their_target():
         "2 µs",
         "2 ns",
     ]
+
+
+def _counted(rank, count, width):
+    """What a rank sends, computes and keeps in a step, counted."""
+    network = _new(width, "all shared")
+    sgd = torch.optim.SGD(network.parameters(), lr=0.01)
+    opt = gs.SurgeryOptimizer(sgd, gs.Sum(), model=network)
+    reduce, kept = opt._surgery.ranks.reduce, []
+
+    def counting(gradients):
+        own = sum(row.numel() for rows in gradients.rows for row in rows.of.values()) * 4
+        shards = reduce(gradients)
+        kept.append((own, sum(row.numel() for rows in shards.rows for row in rows.of.values()) * 4))
+        return shards
+
+    opt._surgery.ranks.reduce = counting
+    for step in range(2):
+        opt.backward(network(torch.randn(8, width, generator=torch.Generator().manual_seed(10 * step + rank))))
+        with Counting(count) as wire, FlopCounterMode(display=False) as flops:
+            opt.step()
+        opt.zero_grad()
+    return wire.traffic.sent, flops.get_total_flops(), kept[-1], sum(p.numel() for p in network.parameters())
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("count", [2, 4])
+def test_model_of_costs_against_counts(ranks, count):
+    results = ranks(count, _counted, count, 64)
+    job = Job(count, 8, results[0][3])
+    assert {sent for sent, _, _, _ in results} == {job.sent}
+    # The counter knows products of matrices, and not those with a vector that combine rows.
+    assert sum(flops for _, flops, _, _ in results) == pytest.approx(count * job.products, rel=0.001)
+    for _, _, (own, shard), _ in results:
+        assert own == job.rows
+        assert shard == pytest.approx(job.shard, rel=0.001)
+
+
+def _counted_sharded(rank, count, width, tasks):
+    torch.manual_seed(0)
+    network = Network(width, heads=False)
+    for part in (*network.trunk, *network.heads, network):
+        if list(part.parameters()):
+            fully_shard(part)
+    sgd = torch.optim.SGD(network.parameters(), lr=0.01)
+    opt = gs.SurgeryOptimizer(sgd, gs.Sum(), model=network)
+    for step in range(2):
+        x = torch.randn(8, width, generator=torch.Generator().manual_seed(10 * step + rank))
+        with Counting(count) as wire:
+            losses = network(x)
+            opt.backward({str(k): losses[str(k)] for k in range(tasks)})
+            opt.step()
+        opt.zero_grad()
+    return wire.traffic.sent, sum(p.numel() for p in network.parameters())
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("count", [2, 4])
+def test_model_of_what_sharded_training_sends(ranks, count):
+    for tasks in (1, 8):
+        sent, parameters = ranks(count, _counted_sharded, count, 64, tasks)[0]
+        assert sent == pytest.approx(Job(count, tasks, parameters).sent_sharded, rel=0.01)
 
 
 @pytest.mark.distributed
