@@ -10,10 +10,10 @@ import torch._dynamo
 import torch._functorch.config
 
 import gradsurgery as gs
+from gradsurgery._bench.timing import Contender, interleaved
 
 from .report import Figure, Options, overhead
 from .split import Model, Sizes
-from .timing import Contender, interleaved
 
 
 def compiled(options: Options) -> list[Figure]:

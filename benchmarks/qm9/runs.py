@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from ..timing import Contender, interleaved, ratios
+from gradsurgery._bench.timing import Contender, interleaved, ratios
+
 from .data import TARGETS, load
 from .methods import METHODS
 from .train import Settings, Training, train

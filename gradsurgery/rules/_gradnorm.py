@@ -86,7 +86,8 @@ class GradNorm(Rule):
     def weigh(
         self, losses: Tensor, state: State, *, active: Tensor | None = None, generator: torch.Generator | None = None
     ) -> tuple[Tensor, State]:
-        return state["weight"].to(losses), state
+        weight = state["weight"].to(losses)
+        return weight if active is None else torch.where(active, weight, 1.0), state
 
     def observe(self, step: Step, state: State) -> State:
         weight, losses = state["weight"], step.losses.to(state["weight"])
