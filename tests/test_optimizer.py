@@ -564,7 +564,7 @@ def test_repr():
     lines = repr(opt).splitlines()
     assert lines[:8] == [
         "SurgeryOptimizer(",
-        "  rule: PCGrad()",
+        "  rule: PCGrad(weights=None)",
         "  tasks: not known yet",
         "  source: Autograd()",
         "  streaming: no, there is one surgery group, which is complete at the end of the backward pass",

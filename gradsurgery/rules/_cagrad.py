@@ -79,9 +79,10 @@ class CAGrad(Rule):
             change = torch.where(total > 0, (radius - distance) * distance / torch.where(total > 0, total, 1.0), 0.0)
             change = torch.minimum(change, cap - gain)
             error = change.abs() * total
-            if looks(gram) and not bool((error > 1e-10 * radius.square()).any()):
+            unfinished = error > 1e-10 * radius.square()
+            if looks(gram) and not bool(unfinished.any()):
                 break
-            gain = gain + change
+            gain = torch.where(unfinished, gain + change, gain)  # so that no group depends on how long another takes
         if looks(gram) and bool((error > 1e-5 * radius.square()).any()):
             warn("CAGrad", f"stopped after {_STEPS} Newton steps", UNSOLVED)
         return diagonal(average + x * inverse, gram, active), state

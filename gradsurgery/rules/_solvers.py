@@ -135,18 +135,22 @@ def _by_splitting(cosines: Tensor, linear: Tensor, tolerance: float) -> Tensor:
     offset, step = torch.matmul(linear, inverse).neg_(), inverse.mul_(weight)
     x = offset.clamp(min=0)
     dual = torch.zeros_like(x)
-    before = torch.inf
+    found = x
+    before = torch.full_like(weight, torch.inf)
+    going = torch.ones_like(weight, dtype=torch.bool)  # so that no group depends on how long another takes
     for _ in range(8):
         for _ in range(10):
             free = torch.baddbmm(offset, x - dual, step)
             dual.add_(free, alpha=1.6).sub_(x, alpha=0.6)  # over-relaxed
             x = dual.clamp(min=0)
             dual.sub_(x)
-        violation = float(torch.minimum(x, torch.baddbmm(linear, x, cosines)).abs().amax())
-        if not tolerance < violation < 0.1 * before:
+        found = torch.where(going, x, found)
+        violation = torch.minimum(x, torch.baddbmm(linear, x, cosines)).abs().amax((-1, -2), keepdim=True)
+        going = going & (violation > tolerance) & (violation < 0.1 * before)
+        if not bool(going.any()):
             break
         before = violation
-    return x
+    return found
 
 
 def _by_pivoting(cosines: Tensor, linear: Tensor, x: Tensor, tolerance: float, iterations: int = 10) -> Tensor:
