@@ -16,6 +16,7 @@ from . import rules
 from ._rule import Rule
 
 BEGIN, END = "<!-- rules -->", "<!-- /rules -->"
+BEGIN_NAMES, END_NAMES = "<!-- names of rules -->", "<!-- /names of rules -->"
 FLAGS = ("separable", "random", "symmetric", "scale_equivariant", "non_conflicting")
 COST = ((1, 4), (50, 32))  # groups and tasks for which a rule alone is timed
 
@@ -127,7 +128,7 @@ def plain(found: Sequence[Entry]) -> str:
 
 
 def markdown(found: Sequence[Entry]) -> str:
-    """For the README: what depends on no machine."""
+    """For a page: what depends on no machine."""
     lines = ["| Rule | | Sees | Claims | Paper |", "|---|---|---|---|---|"]
     for entry in found:
         claims = [flag.replace("_", "-") for flag in FLAGS[3:] if entry.flags[flag]]
@@ -136,16 +137,26 @@ def markdown(found: Sequence[Entry]) -> str:
     return "\n".join(lines)
 
 
+def names(found: Sequence[Entry]) -> str:
+    """For the README: the names alone, by what the rules see."""
+    lines = ["| Rules that see | |", "|---|---|"]
+    for sees in dict.fromkeys(entry.sees for entry in found):
+        own = ", ".join(f"`{entry.name}`" for entry in found if entry.sees == sees)
+        lines.append(f"| {sees.replace(', ', ' and ') or 'nothing'} | {own} |")
+    return "\n".join(lines)
+
+
 def updated(page: str) -> str:
-    """The page, with the table between its two marks as it should be.
+    """The page, with the tables between their marks as they should be: all about the rules, or their names.
 
     Raises:
         ValueError: if the page has no such marks.
     """
-    if page.count(BEGIN) != 1 or page.count(END) != 1:
-        raise ValueError(f"The page must hold {BEGIN} and {END} once, around the table.")
-    before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}\n{markdown(entries())}\n{END}{rest.split(END)[1]}"
+    for begin, end, text in ((BEGIN, END, markdown), (BEGIN_NAMES, END_NAMES, names)):
+        if page.count(begin) == page.count(end) == 1:
+            before, rest = page.split(begin)
+            return f"{before}{begin}\n{text(entries())}\n{end}{rest.split(end)[1]}"
+    raise ValueError(f"The page must hold {BEGIN} and {END} once, around the table; or {BEGIN_NAMES} and {END_NAMES}.")
 
 
 def update(path: Path) -> bool:

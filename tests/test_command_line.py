@@ -71,9 +71,11 @@ def test_times_are_those_of_rules_that_do_without_settings(monkeypatch):
     assert "–" in _catalogue.plain(list(found.values()))
 
 
-def test_the_table_of_the_readme_is_up_to_date():
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert page == _catalogue.updated(page), "run: python -m gradsurgery rules --write README.md"
+@pytest.mark.parametrize("path", ["README.md", "docs/rules.md"])
+def test_the_tables_of_rules_are_up_to_date(path):
+    page = (ROOT / path).read_text(encoding="utf-8")
+    assert page == _catalogue.updated(page), f"run: python -m gradsurgery rules --write {path}"
+    assert "`PCGrad`" in page
 
 
 def test_a_page_is_updated(tmp_path, capsys):
