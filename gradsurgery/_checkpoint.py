@@ -59,7 +59,9 @@ class TrainingState:
         """Continues from what was loaded."""
         saved = state_dict["surgery"]
         about = json.loads(saved["about"])
-        reuse = {**about.pop("reuse"), "weights": saved["weights"] if about.pop("weighs") else None}
+        reuse = about.pop("reuse")
+        if about.pop("reuses"):
+            reuse.update(weights=saved["weights"], own=saved["own"])
         self._optimizer.load_surgery({**about, "state": saved["state"], "generator": saved["generator"], "reuse": reuse})
         set_state_dict(
             self._model,
@@ -75,13 +77,16 @@ class TrainingState:
                 "The optimizer does not know the tasks yet, and what they are called is part of its state: make it with "
                 "tasks=[...], their names or number."
             )
-        weights = saved["reuse"].pop("weights")
         state, generator = saved.pop("state"), saved.pop("generator")
+        weights, own = (saved["reuse"].pop(key).cpu().double() for key in ("weights", "own"))
+        reuses = len(weights) > 0
+        none = torch.ones(len(saved["tasks"]), dtype=torch.float64)  # as what is there has to be of one shape
         return {
-            "about": json.dumps({**saved, "weighs": weights is not None}),
+            "about": json.dumps({**saved, "reuses": reuses}),
             "state": _own(state),
             "generator": generator.clone(),
-            "weights": torch.ones(len(saved["tasks"]), dtype=torch.float64) if weights is None else weights.cpu().double(),
+            "weights": weights.clone() if reuses else none,
+            "own": own.clone() if reuses else none.clone(),
         }
 
 

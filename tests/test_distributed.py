@@ -181,6 +181,15 @@ def test_accumulation_and_surgery_less_often(ranks, source, every):
     check_run(ranks, 2, torch.float64, source, accumulate=accumulate, steps=8, **settings)
 
 
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("measure", [True, False])
+@pytest.mark.parametrize("rule", [gs.FAMO(), gs.Chain(gs.RLW(), gs.DWA())], ids=["famo", "rlw, dwa"])
+def test_losses_are_weighed_by_those_of_all_ranks(ranks, rule, measure, source):
+    settings = {"rule": rule, "process_group": True, "measure": measure, "check_ranks": True}
+    check_run(ranks, 2, torch.float64, source, steps=8, **settings)
+    check_run(ranks, 4, torch.float64, source, steps=4, **settings)
+
+
 @pytest.mark.parametrize("groups", ["model", "tensor"])
 def test_other_groups_and_optimizers(ranks, groups):
     check_run(ranks, 2, torch.float64, "mixed", rule=gs.PCGrad(), groups=groups, process_group=True, steps=5)

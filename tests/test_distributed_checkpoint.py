@@ -91,7 +91,7 @@ def test_one_process_continues_bit_for_bit(tmp_path):
 def test_what_does_not_fit_says_so(tmp_path):
     path = str(tmp_path / "saved")
     train(0, None, gs.PCGrad(), range(2), path)
-    with pytest.raises(ValueError, match=r"checkpoint's rule is PCGrad\(\), this optimizer's is MGDA"):
+    with pytest.raises(ValueError, match=r"checkpoint's rule is PCGrad\(.*, this optimizer's is MGDA"):
         train(0, None, gs.MGDA(), range(1), None, path)
     model = Bent()
     adam = torch.optim.AdamW(model.parameters())

@@ -236,7 +236,7 @@ def test_several_devices_are_refused(tmp_path):
     args = arguments(tmp_path, max_steps=1)
     trainer = SurgeryTrainer(language_model(), args, train_dataset=texts(), rule=RULE, tasks=TASKS)
     args._n_gpu = 4
-    with pytest.raises(NotImplementedError, match="In the Trainer, .* on one device. Found 4 GPUs"):
+    with pytest.raises(NotImplementedError, match="In the Trainer, .* Found 4 GPUs and 1 processes"):
         trainer.compute_loss(trainer.model, {})
 
 

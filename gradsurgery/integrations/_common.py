@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -39,14 +40,14 @@ def surgery_in(optimizer: Any) -> SurgeryOptimizer:
     return optimizer
 
 
-def train_together(loop: str, found: str | None, surgery: SurgeryOptimizer, wrapper: object) -> None:
+def train_together(loop: str, found: str | None, wrapper: object, surgery: Callable[[], SurgeryOptimizer]) -> None:
     """Sees to it that processes which a loop lets train one model operate on gradients of all of them.
 
     Args:
         loop: its name.
         found: how it trains, if not in one process on one device.
-        surgery: the optimizer.
         wrapper: what the loop calls in place of the model.
+        surgery: finds the optimizer.
 
     Raises:
         NotImplementedError: if that is not data-parallel training by DistributedDataParallel.
@@ -56,7 +57,7 @@ def train_together(loop: str, found: str | None, surgery: SurgeryOptimizer, wrap
         return
     if not isinstance(wrapper, nn.parallel.DistributedDataParallel):
         raise not_together(loop, found)
-    if surgery.ranks == 1:
+    if surgery().ranks == 1:
         raise ValueError(f"{loop} trains in several processes, {found}: make the SurgeryOptimizer with process_group=True.")
     take_over(wrapper)
 

@@ -57,7 +57,7 @@ class SurgeryModule(LightningModule):
         strategy = self.trainer.strategy
         single = isinstance(strategy, SingleDeviceStrategy)
         found = None if single else f"strategy {type(strategy).__name__}"
-        train_together("Lightning", found, self.surgery, strategy.model)
+        train_together("Lightning", found, strategy.model, lambda: self.surgery)
         if not self.automatic_optimization:
             raise RuntimeError("joint_loss() is for automatic optimization. In manual, call self.surgery.backward(losses).")
         return self.surgery.joint_loss(losses, scaler=getattr(self.trainer.precision_plugin, "scaler", None))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from .._rule import Rule
 from ._common import missing, surgery_in, train_together
 
 try:
+    import_module("accelerate")  # which the Trainer needs
     from transformers import Trainer
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 except ImportError as error:
@@ -149,7 +151,7 @@ class SurgeryTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         several = self.args.n_gpu > 1 or self.accelerator.num_processes > 1
         found = f"{self.args.n_gpu} GPUs and {self.accelerator.num_processes} processes" if several else None
-        train_together("the Trainer", found, self.surgery, model)
+        train_together("the Trainer", found, model, lambda: self.surgery)
         if task_ids is None:
             losses = self.compute_task_losses(model, inputs, None)
         else:
