@@ -314,7 +314,11 @@ def test_float32_gram_matrices_give_float32_results(rule, situation):
         combined, other = (m.double().sum(-2) @ jacobian / longest for m in (found, mixing))
         torch.testing.assert_close(combined, other, rtol=0, atol=5e-3)
     else:
-        torch.testing.assert_close(relative(found.double(), jacobian), relative(mixing, jacobian), rtol=1e-3, atol=1e-3)
+        # Rules that solve for weights divide by what may be small: their error is relative to the weights.
+        parts = getattr(rule, "rules", (rule,))
+        walks_only = all(type(part) in (gs.Rule, gs.Sum, gs.Mean, gs.PCGrad, gs.GradVac) for part in parts)
+        rtol = 0 if walks_only else 1e-3
+        torch.testing.assert_close(relative(found.double(), jacobian), relative(mixing, jacobian), rtol=rtol, atol=1e-3)
     check_same_state(mapped(lambda _, v: v.double() if v.is_floating_point() else v, found_state), new, rtol=0, atol=1e-3)
 
 
