@@ -432,6 +432,7 @@ class Surgery:
             self._finish_weighed(self._weighed)
         self.reuse.steps += 1
         self.forget()
+        self.ranks.check(self.state)
 
     def _finish_weighed(self, weighed: Weighed) -> None:
         assert self.tasks is not None
