@@ -13,7 +13,7 @@ demo: .venv/examples  ## train a small translation model on six languages, with 
 	$(BIN)/python -m examples.translation $(ARGS)
 
 test: lint  ## lint, type check, and all tests with coverage
-	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup --cov --cov-report=term $(ARGS)
 
 lint: .venv/test  ## ruff and mypy
 	$(BIN)/ruff check .
