@@ -176,4 +176,4 @@ class Combination:
             losses=losses,
             loss_weights=self.loss_weights,
         )
-        return step, guarded(self._finite, old=self._before, new=self._state)
+        return step, guarded([*self._finite, *self._gradients.finite], old=self._before, new=self._state)

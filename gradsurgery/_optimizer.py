@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ._compile import is_compiled, left_out, prepare, say, uncompiled
+from ._features import FeatureSpec
 from ._gradients import TaskGradients
 from ._groups import Groups, GroupSpec, unwrap
 from ._losses import Losses
@@ -316,6 +317,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         scaler: torch.amp.GradScaler | None = None,
         retain_graph: bool = False,
         samples: Mapping[str, float] | None = None,
+        features: FeatureSpec | None = None,
     ) -> None:
         """Computes each task's gradients, and adds them to its rows.
 
@@ -330,20 +332,44 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             samples: task → number of samples (or of tokens, or what its loss is the mean of), for a ``process_group``: what
                 this process's loss counts among those of all. Without it, all processes on which the task is present count
                 alike. Mixed batches are counted anyway. One process by itself has no use for it.
+            features: the tensor, or tensors, through which the losses depend on the shared layers. The rule then sees Gram
+                matrices of the gradients *there*, ``[K, features.numel()]``, whatever its paper takes them of, and one
+                backward pass goes through the shared layers in :meth:`combine`, however many tasks there are. With
+                ``MGDA`` this is MGDA-UB. For one surgery group, in one process.
 
         Raises:
             ValueError: without losses, and for a loss that is no scalar, has no graph, is of an unknown task, or reaches
-                none of the parameters; after :meth:`split`, if samples of different tasks interact.
+                none of the parameters; after :meth:`split`, if samples of different tasks interact; for ``features`` that
+                a loss does not depend on, or that do not part the parameters into those ahead of them and those past
+                them; and if a step has passes with and without.
             RuntimeError: if the first single pass does not agree with a plain backward pass.
+
+        Example:
+            >>> import torch, gradsurgery as gs
+            >>> model = torch.nn.ModuleDict({name: torch.nn.Linear(3, 3) for name in ("trunk", "depth", "normal")})
+            >>> opt = gs.SurgeryOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), gs.MGDA(), model=model)
+            >>> z = model["trunk"](torch.randn(8, 3)).tanh()
+            >>> opt.backward({task: model[task](z).square().mean() for task in ("depth", "normal")}, features=z)
+            >>> opt.step()
+            >>> opt.last.groups
+            ('features',)
+
+        Reference:
+            Sener and Koltun, *Multi-Task Learning as Multi-Objective Optimization*, NeurIPS 2018, Section 3.3 (MGDA-UB).
 
         Note:
             An error in a backward pass, or a loss that reaches nothing, leaves some rows added to and others not: all
             gradients of the step are then forgotten.
 
+            With ``features``, the graph of the shared layers stays in memory until :meth:`combine`: that of each pass, in a
+            step of several. The rows of all passes are then side by side, and their Gram matrices add up. Parameters past
+            the features that several tasks reach are combined with the same coefficients. Steps that need no Gram matrix
+            (with ``measure=False``, or between those of ``every``) make no use of features.
+
             In a 1-D tensor, each task reaches whatever the tensor depends on, except directly behind ``torch.stack`` or
             ``torch.cat`` where the tasks are still apart. With heads of their own, pass a mapping.
         """
-        self._surgery.backward(losses, scaler, retain_graph, samples)
+        self._surgery.backward(losses, scaler, retain_graph, samples, features)
 
     @left_out
     def joint_loss(
