@@ -11,7 +11,7 @@ features. Parameters beyond them that one task alone reaches have that task's gr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -204,6 +204,20 @@ class _Level(Level):
     def combine(self, rows: Sequence[Rows], coefficients: Tensor) -> Iterator[tuple[int, Tensor]]:
         for p in self._combined:
             yield p, rows[p].combine(coefficients[0].index_select(0, self._index[p]))
+            rows[p].clear()
+
+    def operate(
+        self, rows: Sequence[Rows], function: Callable[[int, Rows, Tensor | None], Tensor], mixing: Tensor | None
+    ) -> Iterator[tuple[int, Tensor]]:
+        (cell,) = self.cells
+        own = None if mixing is None else mixing[0].index_select(0, self._tasks[0]).index_select(1, self._tasks[0])
+        for p in self._combined:
+            there = rows[p].of
+            for task in set(cell.tasks).difference(there):
+                row = next(iter(there.values()))
+                rows[p].add(task, row.new_zeros((), layout=torch.strided).expand(row.shape))
+            rows[p].align()
+            yield p, function(p, rows[p], own)
             rows[p].clear()
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ._compile import is_compiled, left_out, prepare, say, uncompiled
+from ._coordinates import AnyRule, CoordinateRule, parts
 from ._features import FeatureSpec
 from ._gradients import TaskGradients
 from ._groups import Groups, GroupSpec, unwrap
@@ -111,7 +112,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        rule: Rule,
+        rule: AnyRule,
         *,
         model: nn.Module | None = None,
         groups: GroupSpec = "model",
@@ -132,7 +133,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             raise TypeError(f"`optimizer` must be a torch.optim.Optimizer. Found {type(optimizer).__name__}.")
         if isinstance(optimizer, SurgeryOptimizer):
             raise TypeError("`optimizer` is a SurgeryOptimizer already. To apply several rules, use Chain(rule, rule).")
-        if not isinstance(rule, Rule):
+        if not isinstance(rule, (Rule, CoordinateRule)):
             raise TypeError(f"`rule` must be a gradsurgery rule, such as PCGrad(). Found {rule!r}.")
         if nonfinite not in ("propagate", "raise", "skip"):
             raise ValueError(f"`nonfinite` must be 'propagate', 'raise' or 'skip'. Found {nonfinite!r}.")
@@ -142,8 +143,12 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             raise ValueError(
                 f"nonfinite={nonfinite!r} needs every=1: a step that reuses a mixing has no gradients of single tasks."
             )
+        own, coordinates = parts(rule)
+        if coordinates is not None and (every > 1 or not measure):
+            setting = f"every={every}" if every > 1 else "measure=False"
+            raise ValueError(f"{setting} needs weights of tasks, and there are none for {coordinates}. Leave it out.")
         if not measure:
-            if moments := [moment for moment in ("mix", "observe") if implements(rule, moment)]:
+            if moments := [moment for moment in ("mix", "observe") if implements(own, moment)]:
                 raise ValueError(
                     f"measure=False is for rules that only weigh losses, or do nothing. {rule} needs each task's gradient, "
                     f"in {' and '.join(moments)}()."
@@ -174,6 +179,9 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             every=every,
             measure=measure,
         )
+        if coordinates is not None and self.ranks > 1 and (coordinates.random or reduce == "result"):
+            why = "its random numbers would be others on each" if coordinates.random else "reduce='result' has only sums"
+            raise ValueError(f"{coordinates} cannot be used in {self.ranks} processes: {why}.")
         if tasks is not None:
             self._surgery.set_tasks(map(str, range(tasks)) if isinstance(tasks, int) else tasks)
         if stream and not self.streaming:
@@ -419,9 +427,9 @@ class SurgeryOptimizer(torch.optim.Optimizer):
     # --- State ------------------------------------------------------------------------------------------------------
 
     @property
-    def rule(self) -> Rule:
+    def rule(self) -> AnyRule:
         """What happens to the gradients."""
-        return self._surgery.rule
+        return self._surgery.given
 
     @property
     def groups(self) -> Groups:

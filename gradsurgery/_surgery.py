@@ -13,6 +13,7 @@ from torch import Tensor
 from ._buffer import Rows
 from ._combination import Combination
 from ._compile import donated_buffers_explained
+from ._coordinates import AnyRule, parts
 from ._counts import Counts, read_samples
 from ._features import Features, FeatureSpec, read_features
 from ._gradients import TaskGradients
@@ -21,7 +22,7 @@ from ._losses import Losses, read_losses, task_names
 from ._mixed import MixedBatch
 from ._ranks import Meeting, Ranks
 from ._reuse import Reuse
-from ._rule import Rule, State, implements
+from ._rule import State, implements
 from ._state import guarded, loaded
 from ._step import Step
 from ._stream import Stream, Streaming
@@ -63,6 +64,9 @@ class Surgery:
         seed: of the generator.
 
     Attributes:
+        given: the rule.
+        rule: the part of it that sees losses and Gram matrices; it may be the identity.
+        coordinates: the part that sees coordinates, or None.
         tasks: names of the tasks; None until they are known.
         state: the rule's.
         generator: that random rules draw from.
@@ -76,7 +80,7 @@ class Surgery:
     def __init__(
         self,
         gradients: TaskGradients,
-        rule: Rule,
+        rule: AnyRule,
         source: Source,
         ranks: Ranks,
         *,
@@ -88,7 +92,8 @@ class Surgery:
         measure: bool,
     ) -> None:
         self.gradients = gradients
-        self.rule = rule
+        self.given = rule
+        self.rule, self.coordinates = parts(rule)
         self.source = source
         self.nonfinite = nonfinite
         self.tasks: tuple[str, ...] | None = None
@@ -142,6 +147,8 @@ class Surgery:
     def fresh_state(self, tasks: tuple[str, ...]) -> State:
         """The rule's state before the first step."""
         gradients = self.gradients
+        if self.coordinates is not None:
+            self.coordinates.check(tasks)
         return self.rule.init(tasks, tuple(gradients.groups), device=gradients.device, dtype=gradients.dtype)
 
     def settle(self) -> None:
@@ -488,6 +495,7 @@ class Surgery:
             losses,
             present,
             self.ranks,
+            self.coordinates,
             undoable=undoable,
         )
 
