@@ -43,7 +43,8 @@ class SurgeryOptimizer(torch.optim.Optimizer):
 
     Args:
         optimizer: any ``torch.optim.Optimizer``. Its ``param_groups``, ``state`` and ``defaults`` are this one's too.
-        rule: what happens to the gradients, such as ``GradVac()`` or ``Chain(PCGrad(), Mean())``.
+        rule: what happens to the gradients, such as ``GradVac()`` or ``Chain(PCGrad(), Mean())``; or a
+            :class:`CoordinateRule`, such as ``GradDrop()``.
         model: gives parameters their names, for groups, checkpoints and messages. To be wrapped around everything that is
             trained: put a model and a loss with parameters of its own into one ``nn.ModuleList``.
         groups: the surgery groups. ``"model"``: one for all; ``"layer"``: one for each repeated block (an item of a

@@ -483,6 +483,7 @@ def test_chains_are_flattened():
     assert repr(chain) == "Chain(GLS(), PCGrad(weights=None), GradDrop(leak=0.1))"
     assert chain == gs.Chain(gs.GLS(), gs.PCGrad(), gs.GradDrop(0.1)) != gs.Chain(gs.GLS(), gs.PCGrad())
     assert gs.Chain(gs.GradDrop()).coordinates == gs.GradDrop()
+    assert (chain.random, gs.Chain(gs.Mean(), gs.TrimmedMean()).random) == (True, False)
     for rules in ((gs.GradDrop(), gs.Mean()), (inner, gs.TrimmedMean())):
         with pytest.raises(ValueError, match=r"it must be the last of a `Chain`. GradDrop\("):
             gs.Chain(*rules)

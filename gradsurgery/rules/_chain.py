@@ -70,15 +70,15 @@ class Chain(Rule):
 
     @property
     def random(self) -> bool:  # type: ignore[override]
-        return any(rule.random for rule in self.rules)
+        return any(rule.random for rule in self._parts)
 
     @property
     def symmetric(self) -> bool:  # type: ignore[override]
-        return all(rule.symmetric for rule in self.rules)
+        return all(rule.symmetric for rule in self._parts)
 
     @property
     def scale_equivariant(self) -> bool:  # type: ignore[override]
-        return all(rule.scale_equivariant for rule in self.rules)
+        return all(rule.scale_equivariant for rule in self._parts)
 
     def init(
         self,
