@@ -92,11 +92,12 @@ class Combination:
         if self._before and not self.measured:
             unseen += [p for level in plan.levels for cell in level.cells for p in cell.parameters]
         rows = [gradients.rows[p] for p in unseen]
+        overflown = [~own.finite(task).to(gradients.device) for own in rows for task in own.tasks]
         overflows = self._losses.new_zeros(())
-        if rows:
-            overflows += torch.stack([~own.finite(k).to(gradients.device) for own in rows for k in own.tasks]).sum()
+        if overflown:
+            overflows += torch.stack(overflown).sum()
         *grams, self._losses, overflows = self._ranks.sum([*grams, self._losses, overflows])
-        if rows:
+        if overflown:
             self._finite.append(overflows == 0)
         self._weigh()
         for depth, level in enumerate(plan.levels):

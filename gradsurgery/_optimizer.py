@@ -341,10 +341,10 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             samples: task → number of samples (or of tokens, or what its loss is the mean of), for a ``process_group``: what
                 this process's loss counts among those of all. Without it, all processes on which the task is present count
                 alike. Mixed batches are counted anyway. One process by itself has no use for it.
-            features: the tensor, or tensors, through which the losses depend on the shared layers. The rule then sees Gram
-                matrices of the gradients *there*, ``[K, features.numel()]``, whatever its paper takes them of, and one
-                backward pass goes through the shared layers in :meth:`combine`, however many tasks there are. With
-                ``MGDA`` this is MGDA-UB. For one surgery group, in one process.
+            features: the tensor, or tensors, through which the losses depend on the shared layers. The rule then sees the
+                gradients *there*, ``[K, features.numel()]``, and :meth:`combine` sends the combined one through the shared
+                layers: one backward pass, however many tasks there are. With ``MGDA`` this is MGDA-UB. For one surgery
+                group, in one process.
 
         Raises:
             ValueError: without losses, and for a loss that is no scalar, has no graph, is of an unknown task, or reaches

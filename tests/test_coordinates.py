@@ -592,6 +592,22 @@ def test_at_features(rule):
     assert ((bounds[0] <= bias + 1e-12) & (bias <= bounds[1] + 1e-12)).all()
 
 
+@pytest.mark.parametrize("infinite", [False, True])
+def test_states_are_guarded_at_features(infinite):
+    model = nn.Linear(4, 3).double()
+    opt = wrap(model, gs.Chain(gs.UncertaintyWeighting(), gs.TrimmedMean(1)), tasks=3)
+    before = copy.deepcopy(opt.rule_state)
+    z = model(batch().double())
+    opt.backward([(z + k).square().sum() * (torch.inf if infinite and k == 1 else 1.0) for k in range(3)], features=z)
+    opt.combine()
+    if infinite:
+        check_equal_trees(opt.rule_state, before)
+    else:
+        with pytest.raises(AssertionError):
+            check_equal_trees(opt.rule_state, before)
+    assert model.weight.grad.isfinite().all() != infinite
+
+
 def test_features_that_a_task_does_not_reach_are_zeros_of_it():
     model = nn.ModuleDict({"trunk": nn.Linear(4, 6), **{task: nn.Linear(3, 1) for task in "abc"}}).double()
     z = model["trunk"](batch().double()).chunk(2, 1)
