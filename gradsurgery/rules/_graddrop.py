@@ -73,14 +73,14 @@ class GradDrop(CoordinateRule):
 
     def combine(self, rows: Tensor, *, tasks: Sequence[str], noise: Tensor | None) -> Tensor:
         assert noise is not None
-        positive, negative = added(rows.clamp(min=0)), added(rows.clamp(max=0))
+        above, below = rows.clamp(min=0), rows.clamp(max=0)
+        positive, negative = added(above), added(below)
         # P > u, as P = positive / (positive - negative), without dividing. Rounding must not drop what is of one sign.
         up = (positive > noise * (positive - negative)) | (negative == 0)
         leaks: dict[str, float] = dict.fromkeys(tasks, 0.0)
         leaks.update(self.leak if isinstance(self.leak, (Mapping, tuple)) else dict.fromkeys(tasks, self.leak))
         if not any(leaks.values()):
             return torch.where(up, positive, negative)
-        result = torch.zeros_like(positive)
-        for task, row in zip(tasks, rows, strict=True):
-            result += torch.where((row > 0) == up, row, leaks[task] * row)
-        return result
+        # What is not picked leaks, each task's gradient by itself.
+        leaked = [added([leaks[task] * row for task, row in zip(tasks, part, strict=True)]) for part in (below, above)]
+        return torch.where(up, positive + leaked[0], negative + leaked[1])
