@@ -12,6 +12,7 @@ Wrap the optimizer you have, give it the loss of each task, and a rule operates 
 
 from . import plots, sources, testing
 from ._checkpoint import TrainingState
+from ._coordinates import CoordinateRule
 from ._operate import operate
 from ._optimizer import SurgeryOptimizer
 from ._recorder import Recorder
@@ -37,6 +38,7 @@ from .rules import (
     DualProj,
     EqualNorm,
     FairGrad,
+    GradDrop,
     GradNorm,
     GradVac,
     Krum,
@@ -47,6 +49,7 @@ from .rules import (
     ScaleInvariant,
     SDMGrad,
     Sum,
+    TrimmedMean,
     UncertaintyWeighting,
     UPGrad,
 )
@@ -69,10 +72,12 @@ __all__ = [
     "CAGrad",
     "Chain",
     "ConFIG",
+    "CoordinateRule",
     "CosineGate",
     "DualProj",
     "EqualNorm",
     "FairGrad",
+    "GradDrop",
     "GradNorm",
     "GradVac",
     "Krum",
@@ -89,6 +94,7 @@ __all__ = [
     "Sum",
     "SurgeryOptimizer",
     "TrainingState",
+    "TrimmedMean",
     "UPGrad",
     "UncertaintyWeighting",
     "operate",

@@ -14,6 +14,7 @@ from ._fairgrad import FairGrad
 from ._famo import FAMO
 from ._gem import GEM
 from ._gls import GLS
+from ._graddrop import GradDrop
 from ._gradnorm import GradNorm
 from ._gradvac import GradVac
 from ._imtl_g import IMTLG
@@ -28,6 +29,7 @@ from ._scale_invariant import ScaleInvariant
 from ._sdmgrad import SDMGrad
 from ._stch import STCH
 from ._sum import Mean, Sum
+from ._trimmed_mean import TrimmedMean
 from ._uncertainty import UncertaintyWeighting
 from ._upgrad import UPGrad
 
@@ -51,6 +53,7 @@ __all__ = [
     "DualProj",
     "EqualNorm",
     "FairGrad",
+    "GradDrop",
     "GradNorm",
     "GradVac",
     "Krum",
@@ -61,6 +64,7 @@ __all__ = [
     "SDMGrad",
     "ScaleInvariant",
     "Sum",
+    "TrimmedMean",
     "UPGrad",
     "UncertaintyWeighting",
 ]

@@ -58,6 +58,8 @@ class CRMOGM(Rule):
     def __post_init__(self) -> None:
         if not isinstance(self.rule, Rule):
             raise TypeError(f"`rule` must be a rule. Found {self.rule!r} of type {type(self.rule).__name__}.")
+        if getattr(self.rule, "coordinates", None) is not None:
+            raise TypeError(f"`rule` must have weights to smooth, which a coordinate rule has not. Found {self.rule!r}.")
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"`alpha` must be in [0, 1]. Found alpha={self.alpha!r}.")
 
