@@ -12,12 +12,14 @@ Wrap the optimizer you have, give it the loss of each task, and a rule operates 
 
 from . import plots, sources, testing
 from ._checkpoint import TrainingState
+from ._gap import GapCurve, GapResult, NegativeTransferGap
 from ._gate import DiscriminatorGate, GateRecord
 from ._operate import operate
 from ._optimizer import SurgeryOptimizer
 from ._recorder import Recorder
 from ._reversal import reverse_gradient
 from ._rule import Rule, State
+from ._shadow import GapRecord, Shadow
 from ._step import Step
 from .rules import (
     AGEM,
@@ -81,6 +83,9 @@ __all__ = [
     "DualProj",
     "EqualNorm",
     "FairGrad",
+    "GapCurve",
+    "GapRecord",
+    "GapResult",
     "GateRecord",
     "GradNorm",
     "GradVac",
@@ -88,11 +93,13 @@ __all__ = [
     "Mean",
     "MoDo",
     "NashMTL",
+    "NegativeTransferGap",
     "PCGrad",
     "Recorder",
     "Rule",
     "SDMGrad",
     "ScaleInvariant",
+    "Shadow",
     "State",
     "Step",
     "Sum",

@@ -70,10 +70,9 @@ class TransferMatrix:
     def __str__(self) -> str:
         cells = [["source \\ target", *self.tasks]]
         cells += [[task, *(f"{value:+.3g}" for value in row)] for task, row in zip(self.tasks, self.matrix, strict=True)]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        return "\n".join(
-            "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths))) for r in cells
-        )
+        first, *others = (max(map(len, column)) for column in zip(*cells, strict=True))
+        lines = ([row[0].ljust(first), *map(str.rjust, row[1:], others)] for row in cells)
+        return "\n".join("  ".join(line) for line in lines)
 
 
 @dataclass(frozen=True)
