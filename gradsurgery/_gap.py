@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import io
 import json
 import math
 import os
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ._bench.progress import progress
 
@@ -314,7 +317,7 @@ class NegativeTransferGap:
             text = inspect.getsource(function)
         except (OSError, TypeError):
             text = ""
-        parts = (pickle.dumps(self.algorithm), text.encode(), pickle.dumps(run.source), pickle.dumps(run.target))
+        parts = (_pickled(self.algorithm), text.encode(), _pickled(run.source), _pickled(run.target))
         digest = hashlib.sha256()
         for part in chain(parts, (str(run.seed).encode(),)):
             digest.update(hashlib.sha256(part).digest())
@@ -338,6 +341,22 @@ def _risk(run: _Run, compute: Callable[[], Any]) -> float:
     if not math.isfinite(risk):
         raise ValueError(f"The risk {where} must be finite. Found {risk}: did the training diverge?")
     return float(risk)
+
+
+class _Pickler(pickle.Pickler):
+    """Tensors by their values: PyTorch's own form of equal ones differs."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, Tensor) and value.layout == torch.strided:
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            return _Pickler, (str(value.dtype), tuple(value.shape), flat.view(torch.uint8).numpy().tobytes())
+        return NotImplemented
+
+
+def _pickled(value: Any) -> bytes:
+    file = io.BytesIO()
+    _Pickler(file).dump(value)
+    return file.getvalue()
 
 
 def _read(file: Path) -> float:
