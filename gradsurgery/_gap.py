@@ -201,8 +201,8 @@ class NegativeTransferGap:
         1    0.6433  0.06     +0.5833 [+0.5833, +0.5833]  0.25    yes
 
     Reference:
-        The thesis, Equations 3.3 and 3.4; Wang, Dai, Póczos and Carbonell, *Characterizing and Avoiding Negative Transfer*,
-        CVPR 2019, Section 3.
+        Wang, Dai, Póczos, Carbonell, *Characterizing and Avoiding Negative Transfer*, CVPR 2019; Z. Wang's thesis,
+        Equations 3.3 and 3.4.
 
     Note:
         Needs SciPy: ``pip install "gradsurgery[transfer]"``.
