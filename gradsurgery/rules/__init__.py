@@ -1,5 +1,6 @@
 """The rules: one file per paper."""
 
+from ._adversary import Adversary
 from ._agem import AGEM
 from ._aligned_mtl import AlignedMTL
 from ._cagrad import CAGrad
@@ -29,6 +30,8 @@ from ._scale_invariant import ScaleInvariant
 from ._sdmgrad import SDMGrad
 from ._stch import STCH
 from ._sum import Mean, Sum
+from ._task_gate import TaskGate
+from ._transference import Transference
 from ._trimmed_mean import TrimmedMean
 from ._uncertainty import UncertaintyWeighting
 from ._upgrad import UPGrad
@@ -45,6 +48,7 @@ __all__ = [
     "MGDA",
     "RLW",
     "STCH",
+    "Adversary",
     "AlignedMTL",
     "CAGrad",
     "Chain",
@@ -64,6 +68,8 @@ __all__ = [
     "SDMGrad",
     "ScaleInvariant",
     "Sum",
+    "TaskGate",
+    "Transference",
     "TrimmedMean",
     "UPGrad",
     "UncertaintyWeighting",
