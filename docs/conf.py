@@ -8,7 +8,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE / "_ext"), str(HERE.parent)]
 warnings.filterwarnings("ignore", module="lightning")
 
-import gradsurgery
+import gradsurgery  # noqa: E402
 
 project = "gradsurgery"
 copyright = "MIT licence"
@@ -30,7 +30,8 @@ napoleon_use_ivar = True
 napoleon_use_rtype = False
 napoleon_custom_sections = ["State", ("Reference", "notes_style")]
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
 autodoc_class_signature = "mixed"
 autodoc_preserve_defaults = True
 add_module_names = False
@@ -43,6 +44,7 @@ html_css_files = ["site.css"]
 html_math_renderer = "mathml"
 html_copy_source = False
 html_show_sphinx = False
+html_show_copyright = False
 html_theme_options = {
     "light_css_variables": {"color-brand-primary": "#0f7a55", "color-brand-content": "#0f7a55"},
     "dark_css_variables": {"color-brand-primary": "#3ecf9a", "color-brand-content": "#3ecf9a"},

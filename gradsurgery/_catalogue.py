@@ -133,8 +133,14 @@ def markdown(found: Sequence[Entry]) -> str:
     for entry in found:
         claims = [flag.replace("_", "-") for flag in FLAGS[3:] if entry.flags[flag]]
         claims = (["stateful"] if entry.state else []) + (["random"] if entry.flags["random"] else []) + claims
-        lines.append(f"| `{entry.name}` | {entry.what} | {entry.sees} | {', '.join(claims)} | {entry.paper} |")
+        lines.append(f"| `{entry.name}` | {entry.what} | {entry.sees} | {', '.join(claims)} | {_linked(entry.paper)} |")
     return "\n".join(lines)
+
+
+def _linked(paper: str) -> str:
+    """``arXiv:2001.06782`` and ``doi:10.1016/…`` as links; addresses are links by themselves."""
+    paper = re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[\g<0>](https://arxiv.org/abs/\1)", paper)
+    return re.sub(r"doi:(10\.[^\s,;)]+)", r"[\g<0>](https://doi.org/\1)", paper)
 
 
 def names(found: Sequence[Entry]) -> str:

@@ -33,13 +33,13 @@ class NotAnEquation(ValueError):
     """The text is something else."""
 
 
-def tex(text: str) -> str:
-    """The equation in TeX.
+def tex(text: str, *, display: bool = False) -> str:
+    """The equation in TeX; with tall fractions and parentheses if it is displayed.
 
     Raises:
         NotAnEquation: if it is none that this notation knows.
     """
-    parser = _Parser(text)
+    parser = _Parser(text, display)
     result = parser.relation()
     if parser.index < len(parser.tokens):
         raise NotAnEquation(f"{text!r}: {parser.tokens[parser.index][1]!r} was not expected.")
@@ -49,8 +49,8 @@ def tex(text: str) -> str:
 class _Parser:
     """Recursive descent, a method for each level: relation, listed, additive, product, fraction, powered, atom."""
 
-    def __init__(self, text: str) -> None:
-        self.text = text
+    def __init__(self, text: str, display: bool) -> None:
+        self.text, self.display = text, display
         self.tokens: list[tuple[str, str]] = []
         self.joined: list[bool] = []  # whether a token follows the one before it without a gap
         self.index = 0
@@ -112,8 +112,9 @@ class _Parser:
         upper, bare = self.powered()
         while self.next == "/":
             self.take()
-            bare_lower = self.powered()[1]
-            upper = bare = rf"\frac{{{bare}}}{{{bare_lower}}}"
+            lower, bare_lower = self.powered()
+            tall = self.display or (upper + lower).isdigit()
+            upper = bare = rf"\frac{{{bare}}}{{{bare_lower}}}" if tall else f"{upper} / {lower}"
         return upper
 
     def powered(self) -> tuple[str, str]:
@@ -126,9 +127,14 @@ class _Parser:
                 raise NotAnEquation(f"{self.text!r}: nothing follows {name}.")
             whole = f"{head} {self.product()}"
             return whole, whole
+        name = self.next == "name"
         atom, bare = self.atom()
+        primes = len(atom) - len(atom.rstrip("'"))  # which stand above the subscript
         script = self.script()
-        return atom + script, (atom + script if script else bare)
+        whole = atom.rstrip("'") + script + ("^{" + r"\prime" * primes + "}" if primes else "")
+        if name and script and self.next == "(" and self.joined[self.index]:  # L_i(t)
+            whole = f"{whole} {self.atom()[0]}"
+        return whole, (whole if script else bare)
 
     def script(self) -> str:
         """Subscript and superscript, in either order."""
@@ -180,7 +186,7 @@ class _Parser:
             self.take()
             inner = self.listed()
             self.take(")")
-            return rf"\left( {inner} \right)", inner
+            return (rf"\left( {inner} \right)" if self.display else f"({inner})"), inner
         if kind == "angle":
             self.take()
             left = self.additive()
@@ -195,7 +201,7 @@ class _Parser:
             self.norms -= 1
             self.take(kind)
             bar = r"\Vert" if kind == "||" else r"\vert"
-            return (rf"\left{bar} {inner} \right{bar}",) * 2
+            return (rf"\left{bar} {inner} \right{bar}" if self.display else f"{bar} {inner} {bar}",) * 2
         raise NotAnEquation(f"{self.text!r}: expected a quantity, found {kind or 'its end'!r}.")
 
     def named(self) -> tuple[str, str]:

@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 DOCS = Path(__file__).parent.parent
 LOOPS = ("lightning", "accelerate", "transformers")
 CHOOSING = "choosing.md"
+PAPERS = {"arXiv": "https://arxiv.org/abs/", "doi": "https://doi.org/"}
+PAPER = re.compile(r"(arXiv:\d{4}\.\d{4,5}|doi:10\.[^\s,;)]+[^\s,;).])")
 
 # --- What is public ---------------------------------------------------------------------------------------------------
 
@@ -72,7 +74,9 @@ def pages() -> Iterator[tuple[str, str]]:
     for name in gs.rules.__all__:
         yield f"rules/{name}.md", _rule_page(name, entries.get(name), described.get(name))
     yield "rules/index.md", _gallery()
+    index = (DOCS / "api.md").read_text(encoding="utf-8")  # whose order is that of importance
     own = [name for name in gs.__all__ if name not in gs.rules.__all__ and f"gradsurgery.{name}" not in modules()]
+    own.sort(key=lambda name: index.find(f"`{name}`"))
     for name in own:
         yield f"reference/{name}.md", f"# {name}\n\n" + _autodoc(f"gradsurgery.{name}")
     for path, module in modules().items():
@@ -81,6 +85,8 @@ def pages() -> Iterator[tuple[str, str]]:
         yield f"reference/{path.removeprefix('gradsurgery.')}.md", head + "".join(map(_autodoc, inside))
     listed = [*own, *(path.removeprefix("gradsurgery.") for path in modules())]
     yield "reference/index.md", "# Reference\n\n```{toctree}\n:maxdepth: 1\n\n" + "\n".join(listed) + "\n```\n"
+    for readme in DOCS.parent.glob("examples/*/README.md"):
+        yield f"examples/{readme.parent.name}.md", readme.read_text(encoding="utf-8")
     changes = (DOCS.parent / "CHANGELOG.md").read_text(encoding="utf-8")
     yield "changes.md", changes
 
@@ -125,18 +131,21 @@ def _claims(entry: _catalogue.Entry) -> str:
 
 
 def _gallery() -> str:
-    cards = []
-    for entry in _catalogue.entries():
-        if isinstance(pictures.shown(entry.name), pictures.Plane):
-            svg = pictures.one(entry.name, small=True)
-            cards.append(f'<a class="card" href="{entry.name}.html"><span>{entry.name}</span>{svg}</a>')
-    listed = "\n".join(name for name in sorted(gs.rules.__all__, key=str.lower))
+    cards, others = [], []
+    for name in sorted(gs.rules.__all__, key=str.lower):
+        if isinstance(pictures.shown(name), pictures.Plane):
+            svg = pictures.one(name, small=True)
+            cards.append(f'<a class="card" href="{name}.html"><span>{name}</span>{svg}</a>')
+        else:
+            others.append(f"[{name}]({name}.md)")
+    listed = "\n".join(sorted(gs.rules.__all__, key=str.lower))
     return (
         "# All rules in pictures\n\nWhat they make of the same two gradients, which are in conflict: wide arrows are the "
-        "gradients, thin ones what became of them, green is what is stepped on. Shaded are the directions that conflict "
-        "with neither. Rules that weigh losses are on their own pages.\n\n"
+        "gradients, thin ones what became of them, green is what is stepped on; the dotted arrow is the plain sum. Shaded "
+        "are the directions that conflict with neither. What is particular to a picture is on the rule's page.\n\n"
         + _raw('<div class="gallery">' + "".join(cards) + "</div>")
-        + f"\n```{{toctree}}\n:maxdepth: 1\n\n{listed}\n```\n"
+        + f"\nRules that weigh losses, or look back in time: {', '.join(others)}.\n"
+        + f"\n```{{toctree}}\n:hidden:\n\n{listed}\n```\n"
     )
 
 
@@ -178,7 +187,7 @@ def write(app: Sphinx) -> None:
         target.parent.mkdir(exist_ok=True)
         if not target.exists() or target.read_text(encoding="utf-8") != text:
             target.write_text(text, encoding="utf-8")
-    for folder in ("rules", "reference"):
+    for folder in ("rules", "reference", "examples"):
         for left in (DOCS / folder).glob("*.md"):
             if f"{folder}/{left.name}" not in wanted:
                 left.unlink()
@@ -201,6 +210,11 @@ def names() -> dict[str, str]:
     return found
 
 
+def outside(app: Sphinx, page: str, source: list[str]) -> None:
+    """Links to examples, which lie outside of ``docs/``, lead to their pages here."""
+    source[0] = re.sub(r"\]\(\.\./examples/(\w+)/README\.md\)", r"](/examples/\1.md)", source[0])
+
+
 def enrich(app: Sphinx, document: nodes.document) -> None:
     """Turns literals into equations, in the docstrings of rules, and into links, in pages written by hand."""
     page = app.env.docname
@@ -210,12 +224,12 @@ def enrich(app: Sphinx, document: nodes.document) -> None:
             _equations(described, path)
     if page == "rules":
         _equations(document, "")
-    if page.startswith(("rules/", "reference/")):
-        return
-    known = names()
-    for literal in list(document.findall(nodes.literal)):
+    _papers(document)
+    known, own = names(), f"gradsurgery.{page.partition('/')[2]}"
+    prose = [literal for literal in document.findall(nodes.literal) if not _inside(literal, desc)]
+    for literal in prose:
         target = known.get(literal.astext())
-        if target and not isinstance(literal.parent, (nodes.title, nodes.reference, pending_xref)):
+        if target and target != own and not _inside(literal, nodes.title, nodes.reference, pending_xref):
             link = pending_xref(
                 "", refdomain="py", reftype="obj", reftarget=target, refdoc=page, refexplicit=True, refwarn=True
             )
@@ -223,23 +237,44 @@ def enrich(app: Sphinx, document: nodes.document) -> None:
             literal.replace_self(link)
 
 
+def _inside(node: nodes.Node, *kinds: type[nodes.Node]) -> bool:
+    while (node := node.parent) is not None:
+        if isinstance(node, kinds):
+            return True
+    return False
+
+
+def _papers(document: nodes.document) -> None:
+    """``arXiv:2001.06782`` and ``doi:10.1016/…`` become links."""
+    for text in list(document.findall(nodes.Text)):
+        parts = PAPER.split(text.astext())
+        if len(parts) > 1 and not _inside(text, nodes.reference, nodes.literal, nodes.literal_block):
+            new: list[nodes.Node] = []
+            for i, part in enumerate(parts):
+                kind, _, number = part.partition(":")
+                new.append(nodes.reference("", part, refuri=PAPERS[kind] + number) if i % 2 else nodes.Text(part))
+            text.parent.replace(text, [node for node in new if node.astext()])
+
+
 def _equations(root: nodes.Element, rule: str) -> None:
     settings = set(inspect.signature(getattr(gs, rule)).parameters) if rule else set()
     for literal in list(root.findall(nodes.literal)):
         text = " ".join(literal.astext().split())
         paragraph = literal.parent
-        first = isinstance(paragraph, nodes.paragraph) and paragraph.index(literal) == 0
+        # An equation that a paragraph of its own begins with.
+        display = isinstance(paragraph, nodes.paragraph) and paragraph.index(literal) == 0
+        display = display and isinstance(paragraph.parent, desc_content) and bool(re.search(r"[=<|^]", text))
         if text in settings or isinstance(paragraph, (nodes.title, nodes.reference, pending_xref)):
             continue
-        try:
-            equation = tex(text)
-        except NotAnEquation as error:
-            if first and re.search(r"[=^]|<-", text) and '"' not in text:
-                log.warning("%s: an equation that docs/_ext/equations.py cannot read: %s", rule or "rules", error)
-            continue
-        literal.replace_self(nodes.math(text, equation, source=text))
-        if first and isinstance(paragraph.parent, desc_content) and re.search(r"[=<|^]", text):
+        if display:
             paragraph["classes"].append("equation")
+        try:
+            equation = tex(text, display="equation" in paragraph.get("classes", []))
+        except NotAnEquation as error:
+            if display:
+                log.warning("%s: an equation that docs/_ext/equations.py cannot read: %s", rule, error)
+            continue
+        literal.replace_self(nodes.math(text, equation))
 
 
 def visit_math(translator: Any, node: nodes.Element) -> None:
@@ -295,6 +330,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math, None))
     app.add_directive("hero", Hero)
     app.connect("builder-inited", write)
+    app.connect("source-read", outside)
     app.connect("doctree-read", enrich)
     app.connect("missing-reference", resolve)
     app.connect("env-check-consistency", complete)

@@ -222,12 +222,11 @@ def smoothing(picture: Smoothing) -> tuple[np.ndarray, np.ndarray]:
 # --- Drawing ----------------------------------------------------------------------------------------------------------
 
 
-def draw(picture: Picture, *, only: Sequence[str] | None = None, size: float = 6.8) -> Figure:
-    """The picture, with all of its scenes or some."""
+def draw(picture: Picture) -> Figure:
+    """The picture."""
     if isinstance(picture, Plane):
         scenes = picture.scenes or PAIRS
-        titles = [title for title in scenes if only is None or title in only] or list(scenes)[-1:]
-        return _planes({title: scene(picture, scenes[title]) for title in titles}, picture.names, size)
+        return _planes({title: scene(picture, gradients) for title, gradients in scenes.items()}, picture.names)
     if isinstance(picture, Curves):
         return _curves(picture)
     if isinstance(picture, Smoothing):
@@ -235,35 +234,49 @@ def draw(picture: Picture, *, only: Sequence[str] | None = None, size: float = 6
     raise TypeError(f"There is nothing to draw: {picture.said}")
 
 
-def _planes(scenes: dict[str, Scene], names: tuple[str, ...], size: float) -> Figure:
+def _planes(scenes: dict[str, Scene], names: tuple[str, ...], size: float = 8.0) -> Figure:
     # Equal limits on all panels, from everything in them.
-    ends = np.concatenate(
-        [
-            np.vstack([s.gradients, s.gradients.sum(0, keepdims=True)[: len(s.gradients) < 3], s.combined, *_rows(s)])
-            for s in scenes.values()
-        ]
-    )
-    low, high = np.minimum(ends.min(0), -0.15) - 0.22, np.maximum(ends.max(0), 0.15) + np.array([0.25, 0.35])
+    ends = np.concatenate([np.vstack([s.gradients, s.combined, *_sum(s), *_rows(s)]) for s in scenes.values()])
+    low, high = np.minimum(ends.min(0), -0.05), np.maximum(ends.max(0), 0.05)
+    # Room for labels, of 26 points on each side, 10 below and 20 above, whatever the scale.
+    unit = (high - low)[0] / (72 * size / len(scenes) - 52)
+    low, high = low - unit * np.array([26, 10]), high + unit * np.array([26, 20])
     width, height = high - low
-    figure = Figure((size, size / len(scenes) * height / width + 0.25 * (len(scenes) > 1)))
+    figure = Figure((size, size / len(scenes) * height / width + 0.25))
     axes = figure.subplots(1, len(scenes), squeeze=False)[0]
-    figure.subplots_adjust(
-        left=0, right=1, bottom=0, top=1 - 0.25 * (len(scenes) > 1) / figure.get_figheight(), wspace=0.02
-    )
+    figure.subplots_adjust(left=0, right=1, bottom=0, top=1 - 0.25 / figure.get_figheight(), wspace=0.02)
     for ax, (title, shown_scene) in zip(axes, scenes.items(), strict=True):
-        if len(scenes) > 1:
-            ax.set_title(title, fontsize=9.5)
-        ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), aspect="equal")
-        ax.axis("off")
+        ax.set_title(title, fontsize=9.5)
+        _frame(ax, low, high)
         _plane(ax, shown_scene, names)
     return figure
+
+
+def thumbnail(picture: Plane) -> Figure:
+    """One panel without words, on the same scale for all rules."""
+    scenes = picture.scenes or PAIRS
+    found = scene(picture, scenes[list(scenes)[-1]])
+    figure = Figure((2.4, 1.5))
+    ax = figure.add_axes((0, 0, 1, 1))
+    _frame(ax, np.array([-1.9, -0.2]), np.array([2.1, 2.3]))
+    _plane(ax, found, (), words=False)
+    return figure
+
+
+def _frame(ax: Axes, low: np.ndarray, high: np.ndarray) -> None:
+    ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), aspect="equal")
+    ax.axis("off")
 
 
 def _rows(found: Scene) -> list[np.ndarray]:
     return [] if found.mixed is None else list(found.mixed)
 
 
-def _plane(ax: Axes, found: Scene, names: tuple[str, ...]) -> None:
+def _sum(found: Scene) -> list[np.ndarray]:
+    return [found.gradients.sum(0)] if len(found.gradients) < 3 else []
+
+
+def _plane(ax: Axes, found: Scene, names: tuple[str, ...], *, words: bool = True) -> None:
     few = len(found.gradients) < 3
     labels: list[tuple[np.ndarray, str, str]] = []
     if few:
@@ -292,6 +305,8 @@ def _plane(ax: Axes, found: Scene, names: tuple[str, ...]) -> None:
         labels.append((found.combined, "result", RESULT))
     else:
         ax.plot(0, 0, "o", color=RESULT, markersize=7, zorder=7)
+    if not words:
+        return
     arrows = [*found.gradients, *_rows(found), found.combined]
     _labels(ax, labels[::-1], np.vstack([np.linspace(0.15, 1, 8)[:, None] * arrow for arrow in arrows]))
 
@@ -346,8 +361,9 @@ def _arrow(ax: Axes, end: np.ndarray, colour: str, *, width: float, alpha: float
 
 def _curves(picture: Curves) -> Figure:
     losses, weights = curves(picture)
-    figure = Figure((6.6, 2.5), layout="constrained")
+    figure = Figure((8.0, 2.6))
     left, right = figure.subplots(1, 2)
+    figure.subplots_adjust(left=0.07, right=0.98, bottom=0.18, top=0.88, wspace=0.2)
     for k, name in enumerate(("slow", "fast", "small")):
         left.plot(losses[:, k], color=COLOURS[k], linewidth=1.8, label=name)
         right.plot(weights[:, k], color=COLOURS[k], linewidth=1.8)
@@ -363,8 +379,9 @@ def _curves(picture: Curves) -> Figure:
 
 def _smoothing(picture: Smoothing) -> Figure:
     inner, outer = smoothing(picture)
-    figure = Figure((6.0, 2.4), layout="constrained")
+    figure = Figure((8.0, 2.4))
     ax = figure.subplots()
+    figure.subplots_adjust(left=0.06, right=0.98, bottom=0.2, top=0.88)
     for k in range(2):
         ax.plot(inner[:, k], color=COLOURS[k], linewidth=1.0, alpha=0.45)
         ax.plot(outer[:, k], color=COLOURS[k], linewidth=2.2, label=f"task {k + 1}")
@@ -405,7 +422,7 @@ def one(name: str, *, small: bool = False) -> str | None:
     if isinstance(picture, Nothing):
         return None
     with matplotlib.rc_context(STYLE):
-        figure = draw(picture, only=("in conflict",) if small else None, size=2.1 if small else 6.8)
+        figure = thumbnail(picture) if small and isinstance(picture, Plane) else draw(picture)
         return svg(figure, name + ("small" if small else ""), f"What {name} does")
 
 
