@@ -68,12 +68,12 @@ def rows() -> dict[str, tuple[str, str, str]]:
 # --- Pages ------------------------------------------------------------------------------------------------------------
 
 
-def pages() -> Iterator[tuple[str, str]]:
+def pages(*, pictured: bool = True) -> Iterator[tuple[str, str]]:
     """The generated pages: path in ``docs/`` and content."""
     described, entries = rows(), {entry.name: entry for entry in _catalogue.entries()}
     for name in gs.rules.__all__:
-        yield f"rules/{name}.md", _rule_page(name, entries.get(name), described.get(name))
-    yield "rules/index.md", _gallery()
+        yield f"rules/{name}.md", _rule_page(name, entries.get(name), described.get(name), pictured)
+    yield "rules/index.md", _gallery(pictured)
     index = (DOCS / "api.md").read_text(encoding="utf-8")  # whose order is that of importance
     own = [name for name in gs.__all__ if name not in gs.rules.__all__ and f"gradsurgery.{name}" not in modules()]
     own.sort(key=lambda name: index.find(f"`{name}`"))
@@ -91,9 +91,9 @@ def pages() -> Iterator[tuple[str, str]]:
     yield "changes.md", changes
 
 
-def _rule_page(name: str, entry: _catalogue.Entry | None, row: tuple[str, str, str] | None) -> str:
+def _rule_page(name: str, entry: _catalogue.Entry | None, row: tuple[str, str, str] | None, pictured: bool) -> str:
     parts = [f"# {name}\n"]
-    if (picture := pictures.one(name)) is not None:
+    if pictured and (picture := pictures.one(name)) is not None:
         parts.append(_raw(picture))
     parts.append(f"*{_caption(pictures.shown(name))}*\n" if _caption(pictures.shown(name)) else "")
     if row is not None:
@@ -130,11 +130,11 @@ def _claims(entry: _catalogue.Entry) -> str:
     return "; ".join(found)
 
 
-def _gallery() -> str:
+def _gallery(pictured: bool) -> str:
     cards, others = [], []
     for name in sorted(gs.rules.__all__, key=str.lower):
         if isinstance(pictures.shown(name), pictures.Plane):
-            svg = pictures.one(name, small=True)
+            svg = pictures.one(name, small=True) if pictured else ""
             cards.append(f'<a class="card" href="{name}.html"><span>{name}</span>{svg}</a>')
         else:
             others.append(f"[{name}]({name}.md)")
@@ -181,7 +181,7 @@ def _raw(html: str) -> str:
 
 def write(app: Sphinx) -> None:
     """Writes the generated pages, those that changed."""
-    wanted = dict(pages())
+    wanted = dict(pages(pictured=app.config.site_pictures in (True, "1")))
     for path, text in wanted.items():
         target = DOCS / path
         target.parent.mkdir(exist_ok=True)
@@ -328,6 +328,7 @@ def undescribed() -> str:
 def setup(app: Sphinx) -> dict[str, bool]:
     """Called by Sphinx."""
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math, None))
+    app.add_config_value("site_pictures", True, "env", [bool, str])
     app.add_directive("hero", Hero)
     app.connect("builder-inited", write)
     app.connect("source-read", outside)

@@ -145,6 +145,8 @@ def shown(name: str) -> Picture:
         return SHOWN[name]
     rule = getattr(gs, name)
     sees = {entry.name: entry.sees for entry in _catalogue.entries()}[name]
+    if sees == "losses, gradients":
+        raise ValueError(f"{name} sees losses and gradients: say in SHOWN in docs/_ext/pictures.py which it is shown with.")
     try:
         rule()
     except (TypeError, ValueError) as error:
