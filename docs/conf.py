@@ -13,7 +13,7 @@ import gradsurgery  # noqa: E402
 project = "gradsurgery"
 copyright = "MIT licence"
 version = release = gradsurgery.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "pages"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "pages"]
 exclude_patterns = ["_ext", "_static"]
 source_suffix = {".md": "markdown"}
 nitpicky = True

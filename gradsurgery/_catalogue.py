@@ -138,7 +138,8 @@ def markdown(found: Sequence[Entry]) -> str:
 
 
 def _linked(paper: str) -> str:
-    """``arXiv:2001.06782`` and ``doi:10.1016/…`` as links; addresses are links by themselves."""
+    """``arXiv:2001.06782``, ``doi:10.1016/…`` and addresses as links."""
+    paper = re.sub(r"https://([^/\s]+)/[^\s,;)]+", r"[\1](\g<0>)", paper)
     paper = re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[\g<0>](https://arxiv.org/abs/\1)", paper)
     return re.sub(r"doi:(10\.[^\s,;)]+)", r"[\g<0>](https://doi.org/\1)", paper)
 

@@ -20,6 +20,8 @@ FUNCTIONS = ["exp", "cos", "softmax", "sigmoid", "clip", "diag", "mean", "median
 RELATIONS = {"=": "=", "<-": r"\leftarrow", "<=": r"\leq", ">=": r"\geq", "!=": r"\neq", "<": "<", ">": ">", "~": r"\sim"}
 SUMS = {"+": "+", "-": "-"}
 
+TALL = re.compile(r"\\(frac|sum|prod)\b")  # what needs tall parentheses
+
 TOKEN = re.compile(
     r"(?P<number>\d+(?:\.\d+)?(?:e-?\d+)?)"
     r"|(?P<name>[A-Za-z]+'*(?:\^(?=[\s_,)]|$))?)"  # w^ is a w with a hat
@@ -34,7 +36,7 @@ class NotAnEquation(ValueError):
 
 
 def tex(text: str, *, display: bool = False) -> str:
-    """The equation in TeX; with tall fractions and parentheses if it is displayed.
+    """The equation in TeX; with tall fractions if it is displayed.
 
     Raises:
         NotAnEquation: if it is none that this notation knows.
@@ -109,12 +111,19 @@ class _Parser:
         return r" \, ".join(parts)
 
     def fraction(self) -> str:
+        start, tall = self.index, self.display
         upper, bare = self.powered()
         while self.next == "/":
             self.take()
             lower, bare_lower = self.powered()
-            tall = self.display or (upper + lower).isdigit()
-            upper = bare = rf"\frac{{{bare}}}{{{bare_lower}}}" if tall else f"{upper} / {lower}"
+            if self.display and r"\frac" in upper + lower:  # no fractions inside of fractions
+                self.index, self.display = start, False
+                upper, bare = self.powered()
+                self.take("/")
+                lower, bare_lower = self.powered()
+                self.display = True
+            both = tall or (upper + lower).isdigit()
+            upper = bare = rf"\frac{{{bare}}}{{{bare_lower}}}" if both else f"{upper} / {lower}"
         return upper
 
     def powered(self) -> tuple[str, str]:
@@ -186,7 +195,7 @@ class _Parser:
             self.take()
             inner = self.listed()
             self.take(")")
-            return (rf"\left( {inner} \right)" if self.display else f"({inner})"), inner
+            return (rf"\left( {inner} \right)" if TALL.search(inner) else f"({inner})"), inner
         if kind == "angle":
             self.take()
             left = self.additive()
@@ -201,7 +210,7 @@ class _Parser:
             self.norms -= 1
             self.take(kind)
             bar = r"\Vert" if kind == "||" else r"\vert"
-            return (rf"\left{bar} {inner} \right{bar}" if self.display else f"{bar} {inner} {bar}",) * 2
+            return (rf"\left{bar} {inner} \right{bar}" if TALL.search(inner) else f"{bar} {inner} {bar}",) * 2
         raise NotAnEquation(f"{self.text!r}: expected a quantity, found {kind or 'its end'!r}.")
 
     def named(self) -> tuple[str, str]:

@@ -154,7 +154,7 @@ class Hero(Directive):
 
     def run(self) -> list[nodes.Node]:
         """Draws it."""
-        rules = {"Sum": gs.Sum(), "PCGrad": gs.PCGrad(), "MGDA": gs.MGDA(), "UPGrad": gs.UPGrad()}
+        rules = {"Sum": gs.Sum(), "PCGrad": gs.PCGrad(), "MGDA": gs.MGDA()}
         return [nodes.raw("", pictures.side_by_side(rules), format="html")]
 
 
@@ -196,10 +196,11 @@ def write(app: Sphinx) -> None:
 # --- Equations and links ----------------------------------------------------------------------------------------------
 
 
-def names() -> dict[str, str]:
-    """What prose calls public names → their paths: ``PCGrad``, ``gs.PCGrad``, ``opt.split``."""
-    found = {}
-    for path in public():
+def names(page: str = "") -> dict[str, str]:
+    """What prose calls public names → their paths: ``PCGrad``, ``gs.PCGrad``, ``opt.split``; in the index, all of them."""
+    paths = [*public(), *modules()]
+    found = {path.rpartition(".")[2]: path for path in paths} if page == "api" else {}
+    for path in paths:
         short = path.removeprefix("gradsurgery.")
         found |= {short: path, f"gs.{short}": path, path: path}
         if short.startswith("testing.check"):
@@ -225,7 +226,7 @@ def enrich(app: Sphinx, document: nodes.document) -> None:
     if page == "rules":
         _equations(document, "")
     _papers(document)
-    known, own = names(), f"gradsurgery.{page.partition('/')[2]}"
+    known, own = names(page), f"gradsurgery.{page.partition('/')[2]}"
     prose = [literal for literal in document.findall(nodes.literal) if not _inside(literal, desc)]
     for literal in prose:
         target = known.get(literal.astext())
@@ -304,7 +305,7 @@ def resolve(app: Sphinx, env: Any, node: pending_xref, content: nodes.TextElemen
 def complete(app: Sphinx, env: Any) -> None:
     """Warns of public names that the site leaves out, and of rules that nobody described."""
     known = set(env.get_domain("py").objects)
-    for path in public():
+    for path in (*public(), *modules()):
         if path not in known:
             log.warning("%s is public, and the site does not have it.", path)
     if problem := undescribed():

@@ -328,7 +328,7 @@ def _labels(ax: Axes, labels: Sequence[tuple[np.ndarray, str, str]], busy: np.nd
             centre = end * points + towards * (4 + np.abs(towards) @ half)
             inside = (np.abs(busy * points - centre) < half).all(1).sum()
             overlap = sum(bool((np.abs(centre - other) < half + extent).all()) for other, extent in boxes)
-            cost = 3 * overlap + inside + 0.2 * abs(turn)
+            cost = 10 * overlap + inside + 0.2 * abs(turn)
             if best is None or cost < best[0]:
                 best = (cost, centre)
         assert best is not None
