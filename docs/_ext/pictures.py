@@ -6,6 +6,8 @@ the rules themselves; the gradients and the losses that they get are made up, an
 
 from __future__ import annotations
 
+import io
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -408,13 +410,14 @@ def _plain(ax: Axes) -> None:
 
 def svg(figure: Figure, salt: str, label: str) -> str:
     """The picture as an element of a page, in the page's own text colour; ``salt`` keeps its ids from others'."""
-    import io
-
     buffer = io.StringIO()
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": salt}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
+    text = re.sub(
+        r' id="[a-z]+[a-z0-9]*_\d+"', "", text
+    )  # of groups: nothing refers to them, and pages hold several pictures
     return text.replace("<svg", f'<svg class="picture" role="img" aria-label="{label}"', 1)
 
 
