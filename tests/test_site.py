@@ -111,6 +111,7 @@ def test_every_paper_has_a_link(name):
         ("(a / b) / sum_j (c / d)", r"\frac{a / b}{\sum_{j} (c / d)}"),
         ("w <- alpha w + (1 - alpha) w^", r"w \leftarrow \alpha \, w + (1 - \alpha) \, \hat{w}"),
         ("l^-1/2 + U^+ 1", r"l^{-1/2} + U^{+} \, 1"),
+        ("w_k = scale E_k[log omega]", r"w_{k} = \text{scale} \, E_{k} [\log \omega]"),
         ("exp(-(1 / T))", r"\exp \left( - \left( \frac{1}{T} \right) \right)"),
         ("argmin ||d||^2", r"\operatorname{argmin} \Vert d \Vert^{2}"),
     ],
@@ -125,7 +126,7 @@ def test_equations_in_a_line_are_low():
 
 
 @pytest.mark.parametrize(
-    "text", ["[G, K, K]", '"mean"', "gs.Sum()", "max_norm", "update_every > 1", "a +", "(a", "<a, b", ""]
+    "text", ["[G, K, K]", '"mean"', "gs.Sum()", "max_norm", "update_every > 1", "epoch=1", "a +", "(a", "<a, b", ""]
 )
 def test_what_is_no_equation(text):
     with pytest.raises(equations.NotAnEquation):

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 
-GREEK = ["alpha", "beta", "gamma", "delta", "phi", "mu", "rho", "xi", "sigma", "tau", "theta", "pi"]
-SYMBOLS = {name: rf"\{name}" for name in GREEK} | {
+GREEK = "alpha beta gamma delta phi mu nu rho xi sigma tau theta eta kappa lambda omega psi pi"
+SYMBOLS = {name: rf"\{name}" for name in GREEK.split(" ")} | {
     "eps": r"\varepsilon",
     "lam": r"\lambda",
     "lr": r"\text{lr}",
@@ -26,7 +26,7 @@ TOKEN = re.compile(
     r"(?P<number>\d+(?:\.\d+)?(?:e-?\d+)?)"
     r"|(?P<name>[A-Za-z]+'*(?:\^(?=[\s_,)]|$))?)"  # w^ is a w with a hat
     r"|(?P<angle><(?=[A-Za-z]))"  # <a, b>, an inner product
-    r"|(?P<sign><-(?=\s)|<=|>=|!=|\|\||\.\.\.|[-+=<>~/()|,^_])"
+    r"|(?P<sign><-(?=\s)|<=|>=|!=|\|\||\.\.\.|[-+=<>~/()|,^_[\]])"
     r"|(?P<gap>\s+)"
 )
 
@@ -57,6 +57,7 @@ class _Parser:
         self.joined: list[bool] = []  # whether a token follows the one before it without a gap
         self.index = 0
         self.norms = 0
+        self.words = re.search(r"\s(=|<-)\s", text) is not None  # a = b may have words in it; a=b is a setting
         position, gap = 0, True
         while position < len(text):
             found = TOKEN.match(text, position)
@@ -141,8 +142,8 @@ class _Parser:
         primes = len(atom) - len(atom.rstrip("'"))  # which stand above the subscript
         script = self.script()
         whole = atom.rstrip("'") + script + ("^{" + r"\prime" * primes + "}" if primes else "")
-        if name and script and self.next == "(" and self.joined[self.index]:  # L_i(t)
-            whole = f"{whole} {self.atom()[0]}"
+        if name and self.next in ("(", "[") and self.joined[self.index]:  # L_i(t), E_k[x]
+            whole = bare = f"{whole} {self.argument()}"
         return whole, (whole if script else bare)
 
     def script(self) -> str:
@@ -213,6 +214,14 @@ class _Parser:
             return (rf"\left{bar} {inner} \right{bar}" if TALL.search(inner) else f"{bar} {inner} {bar}",) * 2
         raise NotAnEquation(f"{self.text!r}: expected a quantity, found {kind or 'its end'!r}.")
 
+    def argument(self) -> str:
+        if self.next == "(":
+            return self.atom()[0]
+        self.take("[")
+        inner = self.listed()
+        self.take("]")
+        return f"[{inner}]"
+
     def named(self) -> tuple[str, str]:
         name = self.take()
         call = self.next == "(" and self.joined[self.index]
@@ -221,7 +230,7 @@ class _Parser:
         if name in FUNCTIONS:
             head = rf"\{name}" if name in ("exp", "cos") else rf"\operatorname{{{name}}}"
         else:
-            head = _symbol(name, self.text)
+            head = _symbol(name, self.text, self.words)
         if not call:
             return head, head
         if self.next == "(":
@@ -229,7 +238,7 @@ class _Parser:
         return head, head
 
 
-def _symbol(name: str, text: str) -> str:
+def _symbol(name: str, text: str, words: bool) -> str:
     hat, name = name.endswith("^"), name.rstrip("^")
     primes, name = name.count("'"), name.rstrip("'")
     if name in SYMBOLS:
@@ -238,6 +247,8 @@ def _symbol(name: str, text: str) -> str:
         result = name
     elif name.startswith("d") and (len(name) == 2 or name[1:] in SYMBOLS):  # dz, dxi
         result = rf"d {SYMBOLS.get(name[1:], name[1:])}"
+    elif words and name.islower():
+        result = rf"\text{{{name}}}"
     else:
         raise NotAnEquation(f"{text!r}: {name!r} is no symbol.")
     return (rf"\hat{{{result}}}" if hat else result) + "'" * primes

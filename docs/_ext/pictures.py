@@ -415,9 +415,8 @@ def svg(figure: Figure, salt: str, label: str) -> str:
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
-    text = re.sub(
-        r' id="[a-z]+[a-z0-9]*_\d+"', "", text
-    )  # of groups: nothing refers to them, and pages hold several pictures
+    # Ids of groups: nothing refers to them, and a page may hold several pictures.
+    text = re.sub(r' id="[a-z][a-z0-9.]*_\d+"', "", text)
     return text.replace("<svg", f'<svg class="picture" role="img" aria-label="{label}"', 1)
 
 
