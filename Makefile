@@ -26,11 +26,11 @@ bench: .venv/bench  ## the figures of the README, as ratios measured in one run
 qm9: .venv/qm9  ## many rules on eleven properties of real molecules: half an hour; ARGS=--quick for three minutes
 	$(BIN)/python -m benchmarks.qm9 $(ARGS)
 
-docs: .venv/docs  ## the reference of the public interface, as HTML in out/docs
-	$(BIN)/pdoc -o out/docs gradsurgery
+docs: .venv/docs  ## the site: guides, a page with a picture for each rule, and the reference, in out/docs
+	$(BIN)/python -m sphinx -E -W --keep-going -q -b html $(ARGS) docs out/docs
 
 clean:  ## remove the environment and everything that was written
-	rm -rf .venv out build dist *.egg-info
+	rm -rf .venv out build dist *.egg-info docs/rules docs/reference docs/examples docs/changes.md
 
 # One marker file per extra, so that each is installed once.
 .venv/%: setup.cfg constraints.txt

@@ -143,8 +143,15 @@ def markdown(found: Sequence[Entry]) -> str:
     for entry in found:
         claims = [flag.replace("_", "-") for flag in FLAGS[3:] if entry.flags[flag]]
         claims = (["stateful"] if entry.state else []) + (["random"] if entry.flags["random"] else []) + claims
-        lines.append(f"| `{entry.name}` | {entry.what} | {entry.sees} | {', '.join(claims)} | {entry.paper} |")
+        lines.append(f"| `{entry.name}` | {entry.what} | {entry.sees} | {', '.join(claims)} | {_linked(entry.paper)} |")
     return "\n".join(lines)
+
+
+def _linked(paper: str) -> str:
+    """``arXiv:2001.06782``, ``doi:10.1016/…`` and addresses as links."""
+    paper = re.sub(r"https://([^/\s]+)/[^\s,;)]+", r"[\1](\g<0>)", paper)
+    paper = re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[\g<0>](https://arxiv.org/abs/\1)", paper)
+    return re.sub(r"doi:(10\.[^\s,;)]+)", r"[\g<0>](https://doi.org/\1)", paper)
 
 
 def names(found: Sequence[Entry]) -> str:

@@ -36,7 +36,8 @@ class CAGrad(Rule):
         tensor([1.5000, 1.5000])
 
     Reference:
-        Liu, Liu, Jin, Stone and Liu, *Conflict-Averse Gradient Descent for Multi-Task Learning*, NeurIPS 2021, Algorithm 1.
+        Liu, Liu, Jin, Stone and Liu, *Conflict-Averse Gradient Descent for Multi-Task Learning*, NeurIPS 2021
+        (arXiv:2110.14048), Algorithm 1.
 
     Note:
         The authors' code divides the result by ``1 + c^2``; the paper does not, and neither do we. They leave the problem

@@ -34,8 +34,8 @@ class ConFIG(Rule):
         tensor([2., 2.])
 
     Reference:
-        Liu, Chu and Thuerey, *ConFIG: Towards Conflict-Free Training of Physics Informed Neural Networks*, ICLR 2025,
-        Equations 2 and 3.
+        Liu, Chu and Thuerey, *ConFIG: Towards Conflict-Free Training of Physics Informed Neural Networks*, ICLR 2025
+        (arXiv:2408.11104), Equations 2 and 3.
 
     Note:
         Zero gradients take no part. Of gradients that depend on each other, directions whose squared length is below 5e-7

@@ -44,7 +44,8 @@ class CRMOGM(Rule):
         tensor([[0.2600, 0.7400]], dtype=torch.float64)
 
     Reference:
-        Zhou et al., *On the Convergence of Stochastic Multi-Objective Gradient Manipulation and Beyond*, NeurIPS 2022,
+        Zhou et al., *On the Convergence of Stochastic Multi-Objective Gradient Manipulation and Beyond*, NeurIPS 2022
+        (https://proceedings.neurips.cc/paper_files/paper/2022/file/f91bd64a3620aad8e70a27ad9cb3ca57-Paper-Conference.pdf),
         Algorithm 1.
 
     Note:

@@ -34,8 +34,9 @@ class DualProj(Rule):
         tensor([-0.7500,  0.7500])
 
     Reference:
-        Lopez-Paz and Ranzato, *Gradient Episodic Memory for Continual Learning*, NeurIPS 2017, Equation 11; named and
-        put to this use by Quinton and Rey, *Jacobian Descent for Multi-Objective Optimization*, 2024, Section 3.
+        Lopez-Paz and Ranzato, *Gradient Episodic Memory for Continual Learning*, NeurIPS 2017 (arXiv:1706.08840), Equation
+        11; named and put to this use by Quinton and Rey, *Jacobian Descent for Multi-Objective Optimization*, 2024
+        (arXiv:2406.16232), Section 3.
 
     Note:
         TorchJD adds 1e-4 to the diagonal of the normalised Gram matrix by default; we change nothing.

@@ -38,8 +38,8 @@ class GEM(Rule):
         tensor([0., 0.])
 
     Reference:
-        Lopez-Paz and Ranzato, *Gradient Episodic Memory for Continual Learning*, NeurIPS 2017, Equations 8 to 11 and
-        Algorithm 1.
+        Lopez-Paz and Ranzato, *Gradient Episodic Memory for Continual Learning*, NeurIPS 2017 (arXiv:1706.08840), Equations
+        8 to 11 and Algorithm 1.
 
     Note:
         The authors' code adds 1e-3 to the diagonal of the Gram matrix; we change nothing. A parameter that a single task

@@ -40,7 +40,7 @@ class GradDrop(CoordinateRule):
 
     Reference:
         Chen, Ngiam, Huang, Luong, Kretzschmar, Chai and Anguelov, *Just Pick a Sign: Optimizing Deep Multitask Models with
-        Gradient Sign Dropout*, NeurIPS 2020, Algorithm 1.
+        Gradient Sign Dropout*, NeurIPS 2020, Algorithm 1 (arXiv:2010.06808).
 
     Note:
         The paper applies it to gradients at the shared layers' output, as ``opt.backward(losses, features=z)`` does; plain

@@ -27,7 +27,8 @@ class IMTLG(Rule):
         tensor([0.7500, 0.7500])
 
     Reference:
-        Liu et al., *Towards Impartial Multi-Task Learning*, ICLR 2021, Equation 5.
+        Liu et al., *Towards Impartial Multi-Task Learning*, ICLR 2021 (https://openreview.net/forum?id=IMPnRXEWpvr),
+        Equation 5.
 
     Note:
         The paper's formula is for independent gradients. For others, we take the least-squares solution that is shortest in

@@ -37,8 +37,8 @@ class MGDA(Rule):
         tensor([0.4000, 0.8000])
 
     Reference:
-        Désidéri, *Multiple-Gradient Descent Algorithm*, C. R. Math. 2012; Sener and Koltun, *Multi-Task Learning as
-        Multi-Objective Optimization*, NeurIPS 2018, Algorithm 2.
+        Désidéri, *Multiple-Gradient Descent Algorithm*, C. R. Math. 2012 (doi:10.1016/j.crma.2012.03.014); Sener and
+        Koltun, *Multi-Task Learning as Multi-Objective Optimization*, NeurIPS 2018 (arXiv:1810.04650), Algorithm 2.
 
     Note:
         The 2018 paper solves this with Frank-Wolfe steps, of which a fixed number may end far from the solution. We use a

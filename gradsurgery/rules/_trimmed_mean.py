@@ -32,7 +32,7 @@ class TrimmedMean(CoordinateRule):
 
     Reference:
         Yin, Chen, Ramchandran and Bartlett, *Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates*,
-        ICML 2018, Definition 2 (of ``k`` workers, ``t = beta k``).
+        ICML 2018, Definition 2, of ``k`` workers, ``t = beta k`` (arXiv:1803.01498).
 
     Note:
         Of parameters that fewer tasks reached, as many are left out as leave one or two: their median.

@@ -35,7 +35,8 @@ class UPGrad(Rule):
         tensor([-0.2500,  0.7500])
 
     Reference:
-        Quinton and Rey, *Jacobian Descent for Multi-Objective Optimization*, 2024, Equation 4; Proposition 1 for the dual.
+        Quinton and Rey, *Jacobian Descent for Multi-Objective Optimization*, 2024 (arXiv:2406.16232), Equation 4;
+        Proposition 1 for the dual.
 
     Note:
         The dual problem ``min v^T G v`` subject to ``v >= u`` is solved for unit gradients, without changing it. TorchJD
