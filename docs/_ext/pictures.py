@@ -176,6 +176,8 @@ def scene(picture: Plane, gradients: list[list[float]]) -> Scene:
     """What the rule makes of the gradients."""
     jacobian = torch.tensor(gradients, dtype=torch.float64)
     rule = picture.rule()
+    if isinstance(rule, gs.CoordinateRule):  # has no state, and mixes no rows
+        return Scene(jacobian.numpy(), None, gs.operate(jacobian, rule).numpy())
     state, generator = rule.init([str(k) for k in range(len(jacobian))], ["all"]), torch.Generator().manual_seed(0)
     gram, mixed = (jacobian @ jacobian.mT)[None], None
     for _ in range(picture.steps):
