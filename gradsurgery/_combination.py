@@ -158,15 +158,17 @@ class Combination:
         order = sorted(range(len(cells)), key=lambda i: cells[i][:2])
         count = len(self._tasks)
         empty = torch.zeros(0, count, count, dtype=losses.dtype, device=losses.device)
-        grams, mixings, actives = [empty], [empty], [empty[:, 0].bool()]
+        grams, mixings, actives, groups = [empty], [empty], [empty[:, 0].bool()], [empty[:, 0, 0].long()]
         for _, level, gram, mixing in self._done:
             grams.append(gram.index_select(0, level.groups))
             mixings.append(mixing.index_select(0, level.groups))
             actives.append(level.active.index_select(0, level.groups))
-        gram, mixing, active = torch.cat(grams), torch.cat(mixings), torch.cat(actives)
+            groups.append(level.groups)
+        tensors = tuple(map(torch.cat, (grams, mixings, actives, groups)))
         if order != list(range(len(cells))):
             index = torch.tensor(order, device=losses.device)
-            gram, mixing, active = (tensor.index_select(0, index) for tensor in (gram, mixing, active))
+            tensors = tuple(tensor.index_select(0, index) for tensor in tensors)
+        gram, mixing, active, group_of = tensors
         step = Step(
             tasks=self._tasks,
             groups=tuple(cells[i][2] for i in order),
@@ -175,5 +177,6 @@ class Combination:
             mixing=mixing,
             losses=losses,
             loss_weights=self.loss_weights,
+            group_of=group_of,
         )
         return step, guarded(self._finite, old=self._before, new=self._state)

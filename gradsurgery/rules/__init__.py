@@ -1,5 +1,6 @@
 """The rules: one file per paper."""
 
+from ._adversary import Adversary
 from ._agem import AGEM
 from ._aligned_mtl import AlignedMTL
 from ._cagrad import CAGrad
@@ -28,6 +29,8 @@ from ._scale_invariant import ScaleInvariant
 from ._sdmgrad import SDMGrad
 from ._stch import STCH
 from ._sum import Mean, Sum
+from ._task_gate import TaskGate
+from ._transference import Transference
 from ._uncertainty import UncertaintyWeighting
 from ._upgrad import UPGrad
 
@@ -43,6 +46,7 @@ __all__ = [
     "MGDA",
     "RLW",
     "STCH",
+    "Adversary",
     "AlignedMTL",
     "CAGrad",
     "Chain",
@@ -61,6 +65,8 @@ __all__ = [
     "SDMGrad",
     "ScaleInvariant",
     "Sum",
+    "TaskGate",
+    "Transference",
     "UPGrad",
     "UncertaintyWeighting",
 ]
