@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .data import CLASSES, SIDE
 
@@ -31,3 +32,25 @@ def classifier() -> nn.Linear:
 def head(inputs: int, outputs: int, hidden: int = 64) -> nn.Sequential:
     """``[B, inputs]`` to ``[B, outputs]``."""
     return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+
+
+class Projection(nn.Module):
+    """A discriminator with a linear part for each label, ``logit = v_y · f + b_y``, behind dropout.
+
+    With a handful of labelled target samples, a perceptron of features and labels tells them from the source by heart, and
+    its odds are of no use. Which label goes with which features is what the gate is to know, and that is this one's only
+    means.
+
+    Reference:
+        Miyato, Koyama, *cGANs with Projection Discriminator*, ICLR 2018, Eq. 3, without the part that knows no label.
+    """
+
+    def __init__(self, dropout: float = 0.5) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.of_label = nn.Linear(FEATURES, CLASSES + 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``[B]`` of features and, behind them, labels in one-hot form, ``[B, 64 + 11]``."""
+        features, label = x.split([FEATURES, CLASSES + 1], 1)
+        return torch.einsum("bc,bc->b", self.of_label(self.dropout(features)), label)

@@ -25,7 +25,7 @@ class Setting:
     """One cell of the thesis' tables: what there is to learn from.
 
     Args:
-        source: the domain that labels are taken from.
+        source: the domain that labels are taken from; "" for none.
         target: the domain that is to be learned.
         eps_x: the share of source images that are rotated, flipped and strewn with salt and pepper.
         eps_y: the share of source labels that are wrong.
@@ -117,7 +117,9 @@ def make(setting: Setting, seed: int, cache: Path) -> Problem:
     def random(what: int) -> np.random.Generator:
         return np.random.default_rng([seed, what])
 
-    x, y = _draw(setting.source, setting.part, setting.sources, random(_SOURCE), cache)
+    x, y = torch.empty(0, SIDE**2), torch.empty(0, dtype=torch.int64)
+    if setting.source:
+        x, y = _draw(setting.source, setting.part, setting.sources, random(_SOURCE), cache)
     x_target, y_target = _draw(setting.target, setting.part, setting.targets, random(_TARGET), cache)
     half = len(x_target) // 2
     labelled = choose_labelled(y_target[:half], setting.labelled, setting.at_most, random(_LABELLED))

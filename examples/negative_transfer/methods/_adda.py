@@ -4,9 +4,9 @@ Reference:
     Tzeng, Hoffman, Saenko, Darrell, *Adversarial Discriminative Domain Adaptation*, CVPR 2017, Eq. 9.
 
 Note:
-    The first half of the steps trains one encoder on all labels; the second half is adversarial. There the target's labels go on
-    being learned, as in Eq. 3.6 of the thesis, and so does the classifier. With a gate, the target's encoder matches the
-    joint distribution too (Eq. 3.10), and the gate learns from the first step.
+    The first half of the steps trains one encoder on all labels; the second half is adversarial. There the target's labels go
+    on being learned, as in Eq. 3.6 of the thesis, and so does the classifier. With a gate, the target's encoder matches the
+    joint distribution too (Eq. 3.10), and the gate learns from the first step. μ is .1, as DANN's.
 """
 
 from __future__ import annotations
@@ -17,23 +17,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..models import FEATURES, head
-from ._dann import marginal
-from ._deep import Batch, Deep, Seen, mean
+import gradsurgery as gs
+
+from ._dann import deceived, marginal
+from ._deep import Batch, Deep, Seen, mean, sides
 
 
 class ADDA(Deep):
     """Two stages: plain training, then the target's encoder against a discriminator."""
 
     matches = True
+    strength = 0.1
 
     def prepare(self) -> None:
         """Optimizers of both stages."""
-        self.discriminator = head(FEATURES, 1)
+        self.adversary = deceived(self.gating)
         self.of_target: nn.Module = self.encoder
         own = [self.gate] if self.gate is not None else []
         self.optimizer = self.adam(self.encoder, self.classifier, *own)
-        self.of_discriminator = self.adam(self.discriminator, *own)
+        self.of_adversary = self.adam(self.adversary, *own)
 
     def step(self, batch: Batch) -> None:
         """Of the stage that it is time for."""
@@ -61,10 +63,9 @@ class ADDA(Deep):
         seen = Seen(source, batch.y, target[:count], batch.y_labelled, target[count:])
         apart = seen.detached()
         if len(source):
-            self.of_discriminator.zero_grad()
-            loss = marginal(self.discriminator(source), self.discriminator(apart.unlabelled)) + self.gate_loss(apart)
-            loss.backward()
-            self.of_discriminator.step()
+            self.of_adversary.zero_grad()
+            (self.domain_loss(apart) + self.gate_loss(apart)).backward()
+            self.of_adversary.step()
         self.optimizer.zero_grad()
         loss = self.label_loss(seen)
         if len(source):
@@ -72,12 +73,18 @@ class ADDA(Deep):
         loss.backward()
         self.optimizer.step()
 
+    def domain_loss(self, seen: Seen) -> Tensor:
+        """The discriminator's."""
+        if isinstance(self.adversary, gs.DiscriminatorGate):
+            return self.adversary.loss(**sides(seen))
+        return marginal(self.adversary(seen.source), self.adversary(seen.unlabelled))
+
     def fooling_loss(self, seen: Seen) -> Tensor:
         """Low where target features pass as the source's: labels inverted."""
-        if self.gate is None or self.gating is None:
-            return mean(F.softplus(self.discriminator(seen.unlabelled)[:, 0]))
-        loss = mean(F.softplus(self.gate(seen.unlabelled, None)))
-        return loss + mean(F.softplus(self.gate(seen.labelled, seen.y_labelled)))
+        if not isinstance(self.adversary, gs.DiscriminatorGate):
+            return mean(F.softplus(self.adversary(seen.unlabelled)[:, 0]))
+        loss = mean(F.softplus(self.adversary(seen.unlabelled, None)))
+        return loss + mean(F.softplus(self.adversary(seen.labelled, seen.y_labelled)))
 
     @torch.no_grad()
     def features(self, x: Tensor) -> Tensor:

@@ -4,36 +4,38 @@ Reference:
     Ganin et al., *Domain-Adversarial Training of Neural Networks*, JMLR 2016. Gate: Eq. 3.9 to 3.11 of the thesis.
 
 Note:
-    A gate that weighs by features alone (DANN_gate-only of the thesis) leaves DANN's own discriminator as it is.
+    The thesis has one discriminator for both ends: what the encoder is to deceive, and what weighs the source. A deceived
+    discriminator weighs badly, so these are two here: ``adversary``, with the thesis' terms (Eq. 3.10), and the gate, which
+    looks on. μ grows to .1 instead of 1.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gradsurgery as gs
 
+from ..data import CLASSES
 from ..models import FEATURES, head
-from ._deep import Batch, Deep, Seen, mean
+from ._deep import Batch, Deep, Gating, Seen, mean, sides
 
 
 class DANN(Deep):
     """Two tasks, ``label`` and ``domain``: the rule ``Adversary`` turns the second one's gradient around in the encoder."""
 
     matches = True
-    adversarial = True
+    strength = 0.1
 
     def prepare(self) -> None:
-        """A discriminator of features alone, unless the gate's one matches; one optimizer for everything."""
-        self.discriminator = head(FEATURES, 1)
-        own = torch.nn.ModuleList([self.encoder, self.classifier, self.discriminator])
-        if self.gate is not None:
-            own.append(self.gate)
+        """The discriminator that the encoder is to deceive, and one optimizer for everything."""
+        self.adversary: nn.Module = deceived(self.gating)
+        own = nn.ModuleList(
+            [self.encoder, self.classifier, self.adversary, *([self.gate] if self.gate is not None else [])]
+        )
         self.optimizer = gs.SurgeryOptimizer(
             self.adam(own),
-            gs.Adversary("domain", mu=self.training.mu, steps=self.training.steps),
+            gs.Adversary("domain", mu=self.strength, steps=self.training.steps),
             model=own,
             tasks=["label", "domain"],
         )
@@ -43,21 +45,28 @@ class DANN(Deep):
         seen = self.see(batch)
         losses = {"label": self.label_loss(seen)}
         if len(seen.source):
-            losses["domain"] = self.domain_loss(seen)
+            losses["domain"] = self.domain_loss(seen) + self.gate_loss(seen)
         self.optimizer.zero_grad()
         self.optimizer.backward(losses)
         self.optimizer.step()
 
     def domain_loss(self, seen: Seen) -> Tensor:
         """What the discriminator makes small and the encoder makes large: minus Eq. 3.7 or 3.10."""
-        if self.gate is not None and self.gating is not None and self.gating.weights != "marginal":
-            return self.gate_loss(seen)
-        source, target = self.discriminator(seen.source), self.discriminator(seen.unlabelled)
-        return marginal(source, target, self.class_weights(seen.y)) + self.gate_loss(seen)
+        if isinstance(self.adversary, gs.DiscriminatorGate):
+            return self.adversary.loss(**sides(seen))
+        source, target = self.adversary(seen.source), self.adversary(seen.unlabelled)
+        return marginal(source, target, self.class_weights(seen.y))
 
     def class_weights(self, y: Tensor) -> Tensor | None:
         """Weights of source samples ``[B]`` by their labels, in both losses; None for ones."""
         return None
+
+
+def deceived(gating: Gating | None) -> nn.Module:
+    """A discriminator of features and labels where a method is gated, of features alone otherwise."""
+    if gating is None or gating.weights == "marginal":
+        return head(FEATURES, 1)
+    return gs.DiscriminatorGate(FEATURES, CLASSES, terms=gating.terms)
 
 
 def marginal(source: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import gradsurgery as gs
 
 from ..data import CLASSES
-from ..models import FEATURES, classifier, encoder
+from ..models import FEATURES, Projection, classifier, encoder
 from ..protocol import Problem
 
 
@@ -25,20 +25,20 @@ class Training:
         batch: source samples, and unlabelled target samples, in a step.
         few: labelled target samples in a step, drawn with replacement.
         learning_rate: of Adam.
-        mu: what the weight of alignment grows to (Eq. 3.5), by DANN's schedule.
         scale: λ, the factor of the gate's weights (Eq. 3.9).
-        clamp: bound of the gate's logits.
+        clamp: the gate's largest weight.
         normalise: whether the gate's weights are divided by their mean over the batch.
+        dropout: in the gate's discriminator.
     """
 
     steps: int = 400
     batch: int = 64
     few: int = 32
     learning_rate: float = 1e-3
-    mu: float = 1.0
     scale: float = 1.0
-    clamp: float = 20.0
-    normalise: bool = True
+    clamp: float = 5.0
+    normalise: bool = False
+    dropout: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,14 @@ class Deep:
         problem: the data. Without any labels, there is nothing to train, and the network stays as it was made.
         training: hyperparameters.
         seed: of initial weights and batches.
-        gating: how the source is weighed and matched by a :class:`gradsurgery.DiscriminatorGate`; None for no gate.
+        gating: how the source is weighed by a :class:`gradsurgery.DiscriminatorGate`; None for no gate.
     """
 
     matches: ClassVar[bool] = False
     """Whether unlabelled target data are used."""
 
-    adversarial: ClassVar[bool] = False
-    """Whether the gate's discriminator is what the encoder is to deceive. Otherwise it only looks on."""
+    strength: ClassVar[float] = 1.0
+    """What the weight of alignment, μ of Eq. 3.5, grows to."""
 
     def __init__(self, problem: Problem, training: Training, seed: int, gating: Gating | None = None) -> None:
         torch.manual_seed(seed)
@@ -101,14 +101,15 @@ class Deep:
         self.encoder, self.classifier = encoder(), classifier()
         self.done = 0
         self.gate: gs.DiscriminatorGate | None = None
-        if gating is not None:
+        if gating is not None and gating.weights != "none":
             self.gate = gs.DiscriminatorGate(
                 FEATURES,
                 CLASSES,
-                terms=gating.terms if self.adversarial else "none",
+                terms="none",
                 scale=training.scale,
                 clamp=training.clamp,
                 normalise=training.normalise,
+                discriminator=Projection(training.dropout),
             )
         self.prepare()
 
@@ -184,7 +185,7 @@ class Deep:
     @property
     def mu(self) -> float:
         """The weight of alignment now: from 0 to its full value (Ganin et al., 2016)."""
-        return self.training.mu * (2 / (1 + float(torch.exp(torch.tensor(-10 * self.progress)))) - 1)
+        return self.strength * (2 / (1 + float(torch.exp(torch.tensor(-10 * self.progress)))) - 1)
 
     def adam(self, *modules: nn.Module) -> torch.optim.Adam:
         """An optimizer of these modules."""
@@ -205,10 +206,13 @@ class Deep:
 
         If no target label is known, it knows features alone.
         """
-        if self.gate is None or self.gating is None or self.gating.weights == "none":
+        if self.gate is None or self.gating is None:
             return None
         joint = self.gating.weights == "joint" and len(self.problem.x_labelled) > 0
-        return self.gate.weights(features, y if joint else None)
+        self.gate.eval()
+        weights = self.gate.weights(features, y if joint else None)
+        self.gate.train()
+        return weights
 
     def label_loss(self, seen: Seen) -> Tensor:
         """Cross entropy of the target's labelled samples, and weighted, of the source's (Eq. 3.6 and 3.9)."""
@@ -218,11 +222,14 @@ class Deep:
         return loss + mean(each if weights is None else weights * each)
 
     def gate_loss(self, seen: Seen) -> Tensor:
-        """Minus Eq. 3.10; it reaches the encoder by the terms of the gate, for adversarial methods. 0 without a gate."""
-        if self.gate is None or not len(seen.source):
-            return seen.source.new_zeros(())
-        target = (seen.labelled, seen.y_labelled) if len(seen.labelled) else None
-        return self.gate.loss(source=(seen.source, seen.y), target=target, unlabelled=seen.unlabelled)
+        """Minus Eq. 3.10, of the gate's discriminator alone: it looks on. 0 without a gate."""
+        return seen.source.new_zeros(()) if self.gate is None or not len(seen.source) else self.gate.loss(**sides(seen))
+
+
+def sides(seen: Seen) -> dict[str, Any]:
+    """The arguments of a gate's losses."""
+    target = (seen.labelled, seen.y_labelled) if len(seen.labelled) else None
+    return {"source": (seen.source, seen.y), "target": target, "unlabelled": seen.unlabelled}
 
 
 def mean(values: Tensor) -> Tensor:

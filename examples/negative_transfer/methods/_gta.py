@@ -22,7 +22,7 @@ from ..models import FEATURES, head
 from ._deep import Batch, Deep, Seen, mean
 
 NOISE = 32
-ALPHA, BETA = 0.3, 0.1
+ALPHA, BETA = 0.1, 0.03
 
 
 class GTA(Deep):

@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..data import CLASSES
 from ._dann import DANN
 from ._deep import Batch, Seen
-from ..data import CLASSES
 
 
 class PADA(DANN):

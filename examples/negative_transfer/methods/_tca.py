@@ -78,8 +78,6 @@ def components(kernel: Array, sources: int, mu: float, count: int) -> Array:
     means = kernel @ sign
     centred = kernel - kernel.mean(0)  # HK, so that KHK = (HK)ᵀ(HK)
     count = min(count, n)
-    _, found = eigh(
-        centred.T @ centred, np.outer(means, means) + mu * np.eye(n), subset_by_index=(n - count, n - 1)
-    )
+    _, found = eigh(centred.T @ centred, np.outer(means, means) + mu * np.eye(n), subset_by_index=(n - count, n - 1))
     result: Array = found[:, ::-1]
     return result
