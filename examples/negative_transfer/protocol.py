@@ -105,8 +105,8 @@ class Problem:
 def make(setting: Setting, seed: int, cache: Path) -> Problem:
     """Draws the data of a repeat.
 
-    Nothing of the target, and neither the choice of source images, depends on ``eps_x`` and ``eps_y``; and what is perturbed
-    at one rate is perturbed in the same way at all higher ones. So differences between rates are not differences of draws.
+    Nothing of the target, and neither the choice of source images, depends on ``eps_x`` and ``eps_y``; and what is
+    perturbed at one rate is perturbed in the same way at all higher ones: differences between rates are not of the draw.
 
     Args:
         setting: which data.
@@ -117,14 +117,15 @@ def make(setting: Setting, seed: int, cache: Path) -> Problem:
     def random(what: int) -> np.random.Generator:
         return np.random.default_rng([seed, what])
 
-    x, y = torch.empty(0, SIDE**2), torch.empty(0, dtype=torch.int64)
-    if setting.source:
-        x, y = _draw(setting.source, setting.part, setting.sources, random(_SOURCE), cache)
     x_target, y_target = _draw(setting.target, setting.part, setting.targets, random(_TARGET), cache)
     half = len(x_target) // 2
     labelled = choose_labelled(y_target[:half], setting.labelled, setting.at_most, random(_LABELLED))
-    x, perturbed_x = perturb_images(x, setting.eps_x, random(_IMAGES))
-    y, perturbed_y = perturb_labels(y, setting.eps_y, random(_LABELS), setting.wrong)
+    x, y = torch.empty(0, SIDE**2), torch.empty(0, dtype=torch.int64)
+    perturbed_x = perturbed_y = torch.empty(0, dtype=torch.bool)
+    if setting.source:
+        x, y = _draw(setting.source, setting.part, setting.sources, random(_SOURCE), cache)
+        x, perturbed_x = perturb_images(x, setting.eps_x, random(_IMAGES))
+        y, perturbed_y = perturb_labels(y, setting.eps_y, random(_LABELS), setting.wrong)
     return Problem(
         *(x, y, perturbed_x, perturbed_y),
         *(x_target[labelled], y_target[labelled], x_target[:half], x_target[half:], y_target[half:]),
@@ -162,7 +163,7 @@ def perturb_images(x: Tensor, rate: float, random: np.random.Generator) -> tuple
 
 
 def perturb_labels(y: Tensor, rate: float, random: np.random.Generator, wrong: str = "next") -> tuple[Tensor, Tensor]:
-    """Changes a share of the labels ``[n]``; returns all, and which, ``[n]``. A label drawn at random may be the right one."""
+    """Changes a share of the labels ``[n]``; returns all, and which, ``[n]``. One drawn at random may be the right one."""
     which = torch.from_numpy(random.random(len(y)) < rate)
     drawn = torch.from_numpy(random.integers(CLASSES, size=len(y)))
     other = (y + 1) % CLASSES if wrong == "next" else drawn

@@ -7,7 +7,7 @@ import json
 import warnings
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class Run:
     setting: Setting
     given: str = ""
     seed: int = 0
-    training: Training = Training()
+    training: Training = field(default_factory=Training)
 
     def __post_init__(self) -> None:
         if self.given not in DATA:

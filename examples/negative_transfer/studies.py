@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from .methods import CLASSICAL, DEEP, Training
 from .protocol import Setting
@@ -29,19 +29,21 @@ class Study:
         shares: labelled shares of Figure 3.3(b), in percent.
         table31: the (eps, labelled) of Table 3.1.
         table34: the same of Table 3.4.
+        checked: rates of the checks.
     """
 
     pairs: tuple[tuple[str, str], ...]
     main: tuple[tuple[str, str], ...]
     seeds: tuple[int, ...] = tuple(range(5))
-    base: Setting = Setting()
-    training: Training = Training()
+    base: Setting = field(default_factory=Setting)
+    training: Training = field(default_factory=Training)
     methods: tuple[str, ...] = tuple(DEEP)
     classical: tuple[str, ...] = tuple(CLASSICAL)
     epsilons: tuple[float, ...] = tuple(i / 10 for i in range(11))
     shares: tuple[float, ...] = (0, 5, 10, 20, 30, 50)
     table31: tuple[tuple[float, ...], tuple[float, ...]] = ((0.0, 0.3, 0.7, 0.9), (0, 10, 30, 50))
     table34: tuple[tuple[float, float], ...] = ((0.7, 30), (0.7, 10), (0.3, 30), (0.3, 10))
+    checked: tuple[float, ...] = (0.0, 0.3, 0.5, 0.7, 1.0)
 
     def setting(self, pair: tuple[str, str], eps: float | tuple[float, float], **changes: object) -> Setting:
         """Of a pair of domains, with both rates the same or ``(eps_x, eps_y)``."""
@@ -173,7 +175,7 @@ def checks(study: Study) -> dict[tuple[str, tuple[str, str], float], Cell]:
         for pair in study.main
         for method in study.methods
         for name in (method, f"{method}-gate")
-        for eps in (0.0, 0.3, 0.5, 0.7, 1.0)
+        for eps in study.checked
     }
 
 
@@ -219,4 +221,5 @@ def quick(study: Study) -> Study:
         shares=(0, 20, 50),
         table31=((0.0, 0.7), (0, 30)),
         table34=((0.7, 30), (0.3, 10)),
+        checked=(0.0, 0.7),
     )

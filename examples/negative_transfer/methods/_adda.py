@@ -4,9 +4,9 @@ Reference:
     Tzeng, Hoffman, Saenko, Darrell, *Adversarial Discriminative Domain Adaptation*, CVPR 2017, Eq. 9.
 
 Note:
-    The first half of the steps trains one encoder on all labels; the second half is adversarial. There the target's labels go
-    on being learned, as in Eq. 3.6 of the thesis, and so does the classifier. With a gate, the target's encoder matches the
-    joint distribution too (Eq. 3.10), and the gate learns from the first step. μ is .1, as DANN's.
+    The first half of the steps trains one encoder on all labels; the second half is adversarial. There the target's labels
+    go on being learned, as in Eq. 3.6 of the thesis, and so does the classifier. With a gate, the target's encoder matches
+    the joint distribution too (Eq. 3.10), and the gate learns from the first step. μ is .1, as DANN's.
 """
 
 from __future__ import annotations

@@ -30,9 +30,9 @@ class DANN(Deep):
     def prepare(self) -> None:
         """The discriminator that the encoder is to deceive, and one optimizer for everything."""
         self.adversary: nn.Module = deceived(self.gating)
-        own = nn.ModuleList(
-            [self.encoder, self.classifier, self.adversary, *([self.gate] if self.gate is not None else [])]
-        )
+        own = nn.ModuleList([self.encoder, self.classifier, self.adversary])
+        if self.gate is not None:
+            own.append(self.gate)
         self.optimizer = gs.SurgeryOptimizer(
             self.adam(own),
             gs.Adversary("domain", mu=self.strength, steps=self.training.steps),

@@ -36,7 +36,7 @@ class Training:
     few: int = 32
     learning_rate: float = 1e-3
     scale: float = 1.0
-    clamp: float = 5.0
+    clamp: float = 2.0
     normalise: bool = False
     dropout: float = 0.5
 

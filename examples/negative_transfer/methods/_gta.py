@@ -1,14 +1,14 @@
 """GTA: images generated from features, by which a discriminator teaches the encoder.
 
 Reference:
-    Sankaranarayanan, Balaji, Castillo, Chellappa, *Generate To Adapt: Aligning Domains using Generative Adversarial Networks*,
-    CVPR 2018, Algorithm 1.
+    Sankaranarayanan, Balaji, Castillo, Chellappa, *Generate To Adapt: Aligning Domains using Generative Adversarial
+    Networks*, CVPR 2018, Algorithm 1.
 
 Note:
-    Networks are two-layer perceptrons: the images have 256 pixels. What each step needs is computed anew after the step before
-    it. Labelled target samples add their cross entropy (Eq. 3.6 of the thesis). With a gate, the source's labels are weighted
-    wherever they are used; the thesis extends GTA's own discriminator for that, here the gate is a discriminator of features,
-    as for DAN and Deep CORAL.
+    Generator and discriminator are two-layer perceptrons: the images have 256 pixels. What a step needs is computed anew
+    after the step before it. Labelled target samples add their cross entropy (Eq. 3.6 of the thesis). With a gate, the
+    source's labels are weighted wherever they are used; the thesis extends GTA's own discriminator for that, here the gate
+    is a discriminator of features, as for DAN and Deep CORAL.
 """
 
 from __future__ import annotations

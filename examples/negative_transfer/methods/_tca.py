@@ -64,8 +64,8 @@ class TCA:
 def components(kernel: Array, sources: int, mu: float, count: int) -> Array:
     """Directions ``W`` ``[n, count]`` with ``Wᵀ(KLK + μI)W = I`` and the largest ``tr WᵀKHKW``, largest first.
 
-    ``L = ℓℓᵀ`` with ``ℓ = 1/n_s`` for source and ``−1/n_t`` for target samples measures how far apart the domains' means are;
-    ``H`` centres.
+    ``L = ℓℓᵀ`` with ``ℓ = 1/n_s`` for source and ``−1/n_t`` for target samples measures how far apart the domains' means
+    are; ``H`` centres.
 
     Args:
         kernel: ``K`` ``[n, n]``, source samples first.
