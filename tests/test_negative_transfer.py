@@ -419,7 +419,7 @@ def test_the_projection_has_a_linear_part_for_each_label():
 def test_the_projection_tells_wrong_labels_from_right_ones():
     generator = torch.Generator().manual_seed(0)
     y = torch.randint(10, (600,), generator=generator)
-    f = F.one_hot(y, FEATURES) * 3.0 + torch.randn(600, FEATURES, generator=generator)
+    f = F.one_hot(y, FEATURES) * 3.0 + 0.5 * torch.randn(600, FEATURES, generator=generator)
     wrong = torch.arange(600) < 300
     given = torch.where(wrong, (y + 1) % 10, y)
     gate = gs.DiscriminatorGate(FEATURES, 10, terms="none", normalise=False, clamp=2.0, discriminator=Projection())
