@@ -169,6 +169,7 @@ class Combination:
             index = torch.tensor(order, device=losses.device)
             tensors = tuple(tensor.index_select(0, index) for tensor in tensors)
         gram, mixing, active, group_of = tensors
+        same = [cells[i][1] for i in order] == list(range(len(self._gradients.groups)))
         step = Step(
             tasks=self._tasks,
             groups=tuple(cells[i][2] for i in order),
@@ -177,6 +178,6 @@ class Combination:
             mixing=mixing,
             losses=losses,
             loss_weights=self.loss_weights,
-            group_of=group_of,
+            group_of=None if same else group_of,
         )
         return step, guarded(self._finite, old=self._before, new=self._state)

@@ -121,7 +121,8 @@ class GapCurve:
         from .plots import _axes, _finish
 
         ax = _axes(ax, width=5.0, height=3.6)
-        low, high = zip(*(result.interval for result in self.results), strict=True)
+        bounds = np.array([result.interval for result in self.results])
+        low, high = np.where(np.isfinite(bounds), bounds, np.nan).T  # one seed has no interval
         (line,) = ax.plot(self.epsilons, [result.gap for result in self.results], marker="o", label=label)
         ax.fill_between(self.epsilons, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
         ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
@@ -201,8 +202,8 @@ class NegativeTransferGap:
         1    0.6433  0.06     +0.5833 [+0.5833, +0.5833]  0.25    yes
 
     Reference:
-        The thesis, Equations 3.3 and 3.4; Wang, Dai, Póczos and Carbonell, *Characterizing and Avoiding Negative Transfer*,
-        CVPR 2019, Section 3.
+        Wang, Dai, Póczos, Carbonell, *Characterizing and Avoiding Negative Transfer*, CVPR 2019; Z. Wang's thesis,
+        Equations 3.3 and 3.4.
 
     Note:
         Needs SciPy: ``pip install "gradsurgery[transfer]"``.

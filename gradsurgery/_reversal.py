@@ -47,7 +47,7 @@ def reverse_gradient(x: Tensor, mu: float | Tensor = 1.0) -> Tensor:
         tensor([-0.5000, -0.5000])
 
     Reference:
-        Ganin and Lempitsky, *Unsupervised Domain Adaptation by Backpropagation*, ICML 2015, Equations 10 and 11.
+        Ganin and Lempitsky, *Unsupervised Domain Adaptation by Backpropagation*, ICML 2015, Section 3.
     """
     result: Tensor = _Reverse.apply(x, mu)  # type: ignore[no-untyped-call]
     return result

@@ -119,6 +119,8 @@ def test_a_curve_is_drawn():
     band = ax.collections[0].get_paths()[0].vertices[:, 1]
     assert band.max() == pytest.approx(curve.results[1].interval[1])
     assert curve.plot(ax) is ax
+    alone = gs.NegativeTransferGap(algorithm, seeds=[0]).sweep({0.0: -0.1, 1.0: 0.3}, None)
+    alone.plot(ax).figure.canvas.draw()  # without a band
     plt.close(ax.figure)
 
 

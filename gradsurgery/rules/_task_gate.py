@@ -49,13 +49,16 @@ class TaskGate(Rule):
         1.0
 
     Reference:
-        The thesis, Equations 3.8 and 3.9; a task takes the place of a sample.
+        Wang, Dai, Póczos, Carbonell, *Characterizing and Avoiding Negative Transfer*, CVPR 2019; Z. Wang's thesis,
+        Equations 3.8 and 3.9.
 
     Note:
-        Train the gate on the target against *all* other tasks together: ``D`` then compares each task with their mixture.
-        Against a single task, the mean ratio of that task's own samples is 1 whatever they are: ``E_S[P_T / P_S] = 1``.
-        The geometric mean, ``e^-KL(S || T)``, is not, and is less moved by single samples. A task that the gate has not
-        seen yet has the weight 1. What the gate noted is in its own ``state_dict``, the average in the optimizer's.
+        The papers weigh samples; here, a task takes the place of a sample. Train the gate on the target against *all* other
+        tasks together: ``D`` then compares each task with their mixture. Against a single task, the mean ratio of that
+        task's own samples is 1 whatever they are: ``E_S[P_T / P_S] = 1``. The geometric mean, ``e^-KL(S || T)``, is not,
+        and is less moved by single samples. A task that the gate has not seen yet has the weight 1. What the gate noted is
+        in its own ``state_dict``, the average in the optimizer's. In data-parallel training, each process has to note the
+        same: let :meth:`~DiscriminatorGate.see` have the samples of all.
     """
 
     scale_equivariant: ClassVar[bool] = True
