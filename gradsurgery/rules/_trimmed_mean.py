@@ -16,7 +16,8 @@ from .._coordinates import CoordinateRule, added
 class TrimmedMean(CoordinateRule):
     r"""The mean of the tasks' gradients without the ``trim`` largest and the ``trim`` smallest, in each coordinate.
 
-    ``g = (x_(t+1) + ... + x_(k-t)) / (k - 2 t)``, with ``x_(1) <= ... <= x_(k)`` a coordinate of the ``k`` gradients.
+    ``g = sum_i x_i / (k - 2 t)``, over the values ``x_i`` of a coordinate that are neither among the ``t`` largest of the
+    ``k`` gradients nor among the ``t`` smallest.
 
     Args:
         trim: ``t``, how many are left out on either side, at least 0, which is the plain mean. The result is near the mean
