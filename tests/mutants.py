@@ -270,7 +270,8 @@ def _statement(path: Path, line: int) -> Position:
         if isinstance(node, ast.stmt) and node.lineno <= line <= (node.end_lineno or node.lineno):
             body = getattr(node, "body", None)
             spans.append((node.lineno, max(node.lineno, body[0].lineno - 1) if body else node.end_lineno or node.lineno))
-    return min((span for span in spans if span[0] <= line <= span[1]), key=lambda span: span[1] - span[0])
+    around = [span for span in spans if span[0] <= line <= span[1]]
+    return min(around, key=lambda span: span[1] - span[0], default=(line, line))
 
 
 # --- One mutant -------------------------------------------------------------------------------------------------------
@@ -308,20 +309,25 @@ def tried(mutation: MutationSpec, tests: dict[str, Any], seconds: float) -> Work
     names = chosen(mutation, tests, seconds)
     if not names:
         return WorkResult(WorkerOutcome.NORMAL, "No test reaches the module.", TestOutcome.SURVIVED, diff)
-    files = list(dict.fromkeys(name.partition("::")[0] for name in names))
     log = OUT / "mutant.txt"
 
     def run() -> int:
         loader = Mutated(place.removesuffix(".py").replace("/", "."), str(path))
         loader.code = after
         sys.meta_path.insert(0, loader)  # type: ignore[arg-type]
-        return run_pytest(files, Only(names))
+        return next((code for file in _by_file(names, path) if (code := run_pytest([file], Only(names)))), 0)
 
     code = in_child(run, seconds=20 + 3 * sum(tests[name]["seconds"] for name in names), log=log)
     if code == 0:
         return WorkResult(WorkerOutcome.NORMAL, f"{len(names)} tests passed.", TestOutcome.SURVIVED, diff)
     last = log.read_text()[-2000:] if code is not None else "It did not end, or ended the process."
     return WorkResult(WorkerOutcome.NORMAL, last, TestOutcome.KILLED, diff)
+
+
+def _by_file(names: Sequence[str], module: Path) -> list[str]:
+    """The files of these tests, to be collected only when those before have passed: first the module's own."""
+    files = dict.fromkeys(name.partition("::")[0] for name in names)
+    return sorted(files, key=lambda file: f"test{module.stem}.py" not in file)
 
 
 # --- All of them ------------------------------------------------------------------------------------------------------
@@ -361,7 +367,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sample", type=int, default=100, help="how many mutants; 0 for all (hours)")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws another sample")
     parser.add_argument("--only", default="*", help="modules to mutate, a pattern: 'gradsurgery/rules/*'")
+    parser.add_argument("--skip", default="", help="modules not to mutate, likewise")
     parser.add_argument("--again", action="store_true", help="try those that survived again, say after writing tests")
+    parser.add_argument("--seconds", type=float, help="of tests for each mutant, if not as in setup.cfg")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long; the next run goes on")
     options = parser.parse_args(arguments)
     end = time.monotonic() + 60 * options.minutes
@@ -370,19 +378,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.path.insert(0, str(ROOT))
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     OUT.mkdir(parents=True, exist_ok=True)
-    settings = configparser.ConfigParser()
-    settings.read(ROOT / "setup.cfg")
-    modules = [str(path.relative_to(ROOT)) for line in settings["mutants"]["modules"].split() for path in ROOT.glob(line)]
-    tests, seconds = settings["mutants"]["tests"].split(), settings["mutants"].getfloat("seconds")
+    parsed = configparser.ConfigParser()
+    parsed.read(ROOT / "setup.cfg")
+    settings = parsed["mutants"]
+    tests, seconds = settings["tests"].split(), options.seconds or settings.getfloat("seconds")
 
     library = digested([ROOT / "gradsurgery"])
-    name = f"{library}-{options.sample}-{options.seed}-{digested([], options.only)}.sqlite"
-    with use_db(str(OUT / name)) as db:
+    drawn = f"{options.sample}-{options.seed}-{digested([], options.only + options.skip)}"
+    with use_db(str(OUT / f"{library}-{drawn}.sqlite")) as db:
         if not db.num_work_items:
-            population = {module: list(mutations(module)) for module in sorted(modules) if fnmatch(module, options.only)}
-            print(f"{sum(map(len, population.values()))} mutants of {len(population)} modules", flush=True)
-            drawn = sampled(population, options.sample or sys.maxsize, options.seed)
-            db.add_work_items([WorkItem.single(uuid.uuid4().hex, mutation) for mutation in drawn])
+            paths = sorted(path for line in settings["modules"].split() for path in ROOT.glob(line))
+            names = [str(path.relative_to(ROOT)) for path in paths]
+            wanted = [name for name in names if fnmatch(name, options.only) and not fnmatch(name, options.skip)]
+            population = {module: list(mutations(module)) for module in wanted}
+            print(f"{sum(map(len, population.values()))} mutants of {len(wanted)} modules", flush=True)
+            sample = sampled(population, options.sample or sys.maxsize, options.seed)
+            db.add_work_items([WorkItem.single(uuid.uuid4().hex, mutation) for mutation in sample])
         survived = [item for item, result in db.completed_work_items if result.test_outcome is TestOutcome.SURVIVED]
         waiting = [*db.pending_work_items, *(survived if options.again else ())]
         if waiting:
@@ -391,11 +402,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for place, item in enumerate(waiting, 1):
             if time.monotonic() > end:
                 break
-            start = time.monotonic()
-            result = tried(item.mutations[0], found, seconds)
+            start, mutation = time.monotonic(), item.mutations[0]
+            result = tried(mutation, found, seconds)
             db.set_result(item.job_id, result)
-            where = f"{item.mutations[0].module_path.name}:{item.mutations[0].start_pos[0]}"
-            print(f"{place}/{len(waiting)} {result.test_outcome.value} {time.monotonic() - start:.1f} s {where}", flush=True)
+            where = f"{mutation.module_path.relative_to(ROOT)}:{mutation.start_pos[0]}"
+            spent = f"{time.monotonic() - start:.1f} s"
+            print(f"{place}/{len(waiting)} {result.test_outcome.value} {spent} {where}", flush=True)
         print(report(db.completed_work_items))
 
 
