@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 
 .DEFAULT_GOAL = help
-.PHONY: help demo transfer test bench qm9 lint docs clean
+.PHONY: help demo transfer test mutants bench qm9 lint docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*## /\1\t/' | expand -t 8
@@ -23,6 +23,9 @@ lint: .venv/test  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+mutants: .venv/mutation  ## would the tests notice a fault? a random sample of small ones; ARGS=--help lists the options
+	$(BIN)/python tests/mutants.py $(ARGS)
 
 bench: .venv/bench  ## the figures of the README, as ratios measured in one run
 	$(BIN)/python -m benchmarks $(ARGS)

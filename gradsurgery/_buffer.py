@@ -273,14 +273,11 @@ class Sparse:
 
     def gram(self, dtype: torch.dtype) -> Tensor:
         """Inner products ``[k, k]``."""
-        values = (
-            _real(self._values).flatten(1).to(dtype) if self._values.numel() else self._values.new_zeros(0, 1, dtype=dtype)
-        )
-        owner = self._owner[: len(values)]
+        owner, values = self._owner, _real(self._values[:, None]).flatten(1).to(dtype)  # an entry may be a single number
         result = values.new_zeros(self._tasks * self._tasks)
         result.index_add_(0, owner * (self._tasks + 1), values.square().sum(1))
         # With the entries of an index next to each other, tasks that share it are a few places apart.
-        place, order = self._places()[: len(values)].sort(stable=True)
+        place, order = self._places().sort(stable=True)
         owner, values = owner[order], values[order]
         for apart in range(1, self._tasks):
             first = (place[apart:] == place[:-apart]).nonzero().squeeze(1)

@@ -324,6 +324,16 @@ def test_nash_mtl_keeps_its_weights_between_updates():
         )
 
 
+def test_nash_mtl_counts_the_steps_of_each_group():
+    rule = gs.NashMTL(update_every=3)
+    state = rule.init(names(3), names(2))
+    first, second = (oracles.gram(np.stack([many(10 * g + step, 3, 5) for g in range(2)])) for step in range(2))
+    before, state = rule.mix(first, state, active=torch.tensor([[True] * 3, [False] * 3]))
+    after, _ = rule.mix(second, state)  # the first step of the second group, and none in which the first solves anew
+    assert torch.equal(after[0], before[0])
+    torch.testing.assert_close(after[1:], gs.NashMTL().mix(second[1:], {})[0])
+
+
 # --- GradNorm ---------------------------------------------------------------------------------------------------------
 
 
