@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .._rule import Rule, State
-from ._solvers import UNSOLVED, complementary, directions, looks, warn
+from ._complementarity import complementary
+from ._solvers import UNSOLVED, directions, looks, warn
 from ._weights import diagonal, shares
 
 _STEPS = 20  # far more than are needed, unless a step is limited by rounding

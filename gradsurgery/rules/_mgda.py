@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .._rule import Rule, State
-from ._solvers import ENUMERATED, looks, on_simplex, precise, shortest_by_enumeration, warn
+from ._shortest import on_simplex, shortest_by_enumeration
+from ._solvers import ENUMERATED, looks, precise, warn
 from ._weights import diagonal
 
 
