@@ -1,4 +1,4 @@
-"""Complementarity, for all surgery groups at once: ``x >= 0`` with ``C x + q >= 0``, one of them zero in each coordinate."""
+"""Complementarity, for all surgery groups at once: ``x >= 0`` with ``C x + q >= 0``, one of the two zero everywhere."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _by_reflections(cosines: Tensor, linear: Tensor, allowed: Tensor) -> Tensor:
 
 
 def by_pivoting(cosines: Tensor, linear: Tensor, support: Tensor, allowed: Tensor, iterations: int = 10) -> Tensor:
-    """Block principal pivoting (Júdice and Pires 1994) of ``[N, K, K]`` and ``[N, K]``, from a guess of the support ``[N, K]``.
+    """Block principal pivoting (Júdice and Pires 1994) for ``[N, K, K]`` and ``[N, K]``, from a guess of the support.
 
     Mostly a few steps lead to the support of the solution, for any matrix that is not singular; they may also cycle.
     """

@@ -5,24 +5,51 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._complementarity import longest, supports
+from ._complementarity import by_pivoting, longest, supports
 from ._solvers import RIDGE, looks
 
 
-def on_simplex(gram: Tensor, there: Tensor, tolerance: float, iterations: int) -> tuple[Tensor, Tensor]:
-    """``argmin 1/2 w^T G w`` over the simplex, by a primal-dual interior-point method.
-
-    With multipliers ``z >= 0`` of ``w >= 0``, the solution has ``G w - l = z`` for some number ``l``, and ``w z = 0``.
-    From a point inside we take Newton steps on these equations, and let ``w z`` go to zero.
+def shortest(gram: Tensor, there: Tensor, tolerance: float, iterations: int) -> tuple[Tensor, Tensor]:
+    """``argmin 1/2 w^T G w`` over the simplex, by pivoting, and where that fails by interior points.
 
     Args:
         gram: ``[G, K, K]``, of which the largest element is about 1; rows and columns of absent tasks are zero.
         there: ``[G, K]``, which tasks take part. The others' weights are 1.
-        tolerance: for the duality gap.
-        iterations: at most so many.
+        tolerance: for the duality gap ``w^T G w - min_i (G w)_i``.
+        iterations: at most so many Newton steps.
 
     Returns:
         The weights ``w``, ``[G, K]``, and the duality gaps, ``[G, 1]``.
+    """
+    if not looks(gram):
+        return on_simplex(gram, there, tolerance, iterations)
+    w, gap = _by_pivoting(gram, there)
+    rest = (gap <= tolerance).logical_not_().nonzero()[:, 0]
+    if len(rest):
+        w[rest], gap[rest] = on_simplex(gram[rest], there[rest], tolerance, iterations)
+    return w, gap
+
+
+def _by_pivoting(gram: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+    """The solution of ``x >= 0``, ``G x >= 1`` with one of the two tight, where there is one, divided by its sum."""
+    square = gram.diagonal(dim1=-2, dim2=-1)
+    inverse = torch.where(square > 0, square, 1.0).rsqrt()
+    cosines = (gram * inverse.unsqueeze(-1)).mul_(inverse.unsqueeze(-2))
+    cosines.diagonal(dim1=-2, dim2=-1).fill_(1)
+    linear = torch.where(there, -inverse, 0.0)
+    allowed = 1e-12 * inverse.amax(-1, keepdim=True)
+    w = by_pivoting(cosines, linear, there, allowed) * inverse
+    w = w / w.sum(-1, keepdim=True)
+    slope = torch.bmm(gram, w.unsqueeze(-1)).squeeze(-1)
+    gap = (w * slope).sum(-1, keepdim=True) - slope.masked_fill(~there, torch.inf).amin(-1, keepdim=True)
+    return torch.where(there, w, 1.0), gap
+
+
+def on_simplex(gram: Tensor, there: Tensor, tolerance: float, iterations: int) -> tuple[Tensor, Tensor]:
+    """As :func:`shortest`, by a primal-dual interior-point method.
+
+    With multipliers ``z >= 0`` of ``w >= 0``, the solution has ``G w - l = z`` for some number ``l``, and ``w z = 0``.
+    From a point inside we take Newton steps on these equations, and let ``w z`` go to zero.
     """
     absent, inside = ~there, there.to(gram.dtype)
     count = inside.sum(-1, keepdim=True).clamp_min(1)
