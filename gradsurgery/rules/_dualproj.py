@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .._rule import Rule, State
-from ._solvers import complementary, directions
+from ._complementarity import complementary
+from ._solvers import directions
 from ._weights import Weights, as_pairs, diagonal, shares, weights_state
 
 
