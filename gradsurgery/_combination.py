@@ -70,6 +70,7 @@ class Combination:
         self._draws = coordinates is not None and coordinates.random
         self.measured = coordinates is None or implements(rule, "mix") or implements(rule, "observe")
         self._undoable = undoable
+        self._summed = False  # whether the losses are those of all ranks
         self._old: dict[int, Tensor | None] = {}
         self._random: list[Tensor] = []  # the generator's state ahead of each level, and after the last
         self._finite: list[Tensor] = []
@@ -82,11 +83,22 @@ class Combination:
         gradients = self._gradients
         gradients.align(parameters)
         plan = gradients.plan(self._tasks, parameters)
-        for p, combined in self._ranks.gather(self._combined(plan)):
+        for p, combined in self._ranks.gather(self._combined(gradients, plan)):
             self._accumulate(p, combined)
 
-    def _combined(self, plan: Plan) -> Iterator[tuple[int, Tensor]]:
-        gradients = self._gradients
+    @torch.no_grad()
+    def stages(self, parameters: Sequence[int]) -> Iterator[None]:
+        """As :meth:`add`, of rows that have to be added up over the ranks, with time for other work while they travel: once
+        before the sums are there, and once before the combined gradients are."""
+        journey = self._ranks.travel(self._gradients, parameters)
+        yield
+        gradients = journey.rows()
+        journey.start_back(self._combined(gradients, gradients.plan(self._tasks, parameters)))
+        yield
+        for p, combined in journey.arrive():
+            self._accumulate(p, combined)
+
+    def _combined(self, gradients: TaskGradients, plan: Plan) -> Iterator[tuple[int, Tensor]]:
         grams = [level.gram(gradients.rows, gradients.dtype) for level in plan.levels] if self.measured else []
         unseen = list(plan.alone) if self._before else []
         if self._before and not self.measured:
@@ -96,7 +108,10 @@ class Combination:
         overflows = self._losses.new_zeros(())
         if overflown:
             overflows += torch.stack(overflown).sum()
-        *grams, self._losses, overflows = self._ranks.sum([*grams, self._losses, overflows])
+        losses = self._losses[:0] if self._summed else self._losses
+        *grams, losses, overflows = self._ranks.sum([*grams, losses, overflows])
+        if not self._summed:
+            self._losses, self._summed = losses, True
         if overflown:
             self._finite.append(overflows == 0)
         self._weigh()

@@ -519,6 +519,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             "generator": self._surgery.generator.get_state(),
             "skipped": dict(self.skipped),
             "reuse": self._surgery.reuse.state_dict(),
+            **({"order": list(self._surgery.ranks.order)} if self.ranks > 1 and self._surgery.ranks.order else {}),
         }
 
     def load_surgery(self, saved: dict[str, Any], *, inner: dict[str, Any] | None = None) -> None:
@@ -542,6 +543,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         surgery.skipped = dict(saved["skipped"])
         surgery.reuse.load_state_dict(saved.get("reuse", {}), surgery.gradients)
         surgery.ranks.renew()
+        surgery.ranks.order = tuple(saved.get("order", ()))
 
     def __getstate__(self) -> dict[str, Any]:
         # `step` may be a scheduler's wrapper that is bound to this very object.

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._buffer import Rows
 from ._combination import Combination
 from ._compile import donated_buffers_explained
 from ._coordinates import AnyRule, parts
@@ -20,12 +20,12 @@ from ._gradients import TaskGradients
 from ._joint import joint_loss
 from ._losses import Losses, read_losses, task_names
 from ._mixed import MixedBatch
-from ._ranks import Meeting, Ranks
+from ._ranks import Lost, Meeting, Outlook, Ranks
 from ._reuse import Reuse
 from ._rule import State, implements
 from ._state import guarded, loaded
 from ._step import Step
-from ._stream import Stream, Streaming
+from ._stream import Lockstep, Stream, Streaming
 from .sources import Root, Source
 from .sources._split import Pass
 
@@ -283,7 +283,7 @@ class Surgery:
             torch.stack([loss.value.detach().reshape(()).to(like) for loss in found]) if found else like[:0],
         )
         counts = read_samples(samples, [loss.name for loss in found], self.tasks)
-        factors, parameters, rows = self._begin(values, [index[loss.name] for loss in found], scaler, seed, counts)
+        factors, _ = self._begin(values, [index[loss.name] for loss in found], scaler, seed, counts)
         roots = [
             Root(index[loss.name], loss.name, loss.output, factors[index[loss.name]].to(loss.value).expand(loss.shape))
             for loss in found
@@ -300,6 +300,10 @@ class Surgery:
         if targets is not None:
             self.features = step
             parameters, rows = targets
+        else:
+            trained = self._trained()
+            parameters = [self.gradients.parameters[p] for p in trained]
+            rows = [self.gradients.rows[p] for p in trained]
         with _partial():
             self.source(roots, parameters, rows, retain_graph=retain_graph)
 
@@ -312,21 +316,25 @@ class Surgery:
         retain_graph: bool,
     ) -> None:
         verify = self._verify and not self.due
-        values = batch.values(losses, self.per_task)
-        factors, parameters, rows = self._begin(values, batch.present, scaler, seed, batch.counts(losses))
-        names = [n for n, p in zip(self.gradients.names, self.gradients.parameters, strict=True) if p.requires_grad]
-        if self._rested:
+        values, single, outlook = batch.values(losses, self.per_task), None, None
+        trained = self._trained()
+        parameters = [self.gradients.parameters[p] for p in trained]
+        if not self.reuse.rests:
+            rows, names = [self.gradients.rows[p] for p in trained], [self.gradients.names[p] for p in trained]
+            with _partial(), donated_buffers_explained():
+                single = Pass(losses, batch.labels(losses), parameters, rows, names)
+            stream = bool(self.streaming) and not verify and self._usual_passes == len(self.passes) + 1
+            outlook = Outlook(stream, partial(self._outlook, single, trained))
+        factors, streams = self._begin(values, batch.present, scaler, seed, batch.counts(losses), outlook)
+        if single is None:
             own, shared = ([batch.seeds(losses, factors * w)] for w in (self.reuse.own, self.reuse.weights))
             with _partial():
                 self.reuse.gradients([losses], own, shared, self.gradients, retain_graph, self._add_rested)
             return
         seeds = batch.seeds(losses, factors)
-        stream = bool(self.streaming) and not verify and self._usual_passes == len(self.passes) > 0
         with _partial(), donated_buffers_explained():
-            new = self.gradients.arena.take if stream else None
-            single = Pass(losses, batch.labels(losses), parameters, rows, names, new)
-            if stream:
-                self._run_streaming(single, seeds, retain_graph)
+            if streams:
+                self._run_streaming(single, trained, seeds, retain_graph)
             else:
                 single.run(seeds, retain_graph=retain_graph or verify)
             if verify:
@@ -342,18 +350,46 @@ class Surgery:
                 single.verify(weights, plain)
                 self._verify = False
 
-    def _run_streaming(self, single: Pass, seeds: Tensor, retain_graph: bool) -> None:
-        trained = [p for p, parameter in enumerate(self.gradients.parameters) if parameter.requires_grad]
+    def _outlook(self, single: Pass, trained: Sequence[int]) -> tuple[list[set[int]], list[int]]:
+        tasks: list[set[int]] = [set() for _ in self.gradients.parameters]
+        found, order = single.outlook()
+        for p, own in zip(trained, found, strict=True):
+            tasks[p] = own
+        return tasks, [trained[i] for i in order]
+
+    def _run_streaming(self, single: Pass, trained: Sequence[int], seeds: Tensor, retain_graph: bool) -> None:
         combination = self._combination(self.gradients, undoable=True)
-        stream = Stream(self.gradients, combination, [trained[i] for i in single.reached])
+        awaited = [trained[i] for i in single.reached]
+        parts = self.ranks.parts
+        stream: Stream | Lockstep = Stream(self.gradients, combination, awaited)
+        if parts is not None:
+            stream = Lockstep(combination, parts, awaited)
+
+        def run() -> None:
+            new, complete = self.gradients.arena.take, stream.complete
+            single.run(seeds, retain_graph=retain_graph, complete=lambda i: complete(trained[i]), new=new)
+
+        self._combine_in(stream, combination, run)
+        self._done = "streamed"
+
+    def _combine_in(self, stream: Stream | Lockstep, combination: Combination, run: Callable[[], None]) -> None:
+        """Combines what ``run`` brings; or, where anything goes wrong on any rank, leaves everything as it was on all."""
+        failed: Exception | None = None
         try:
-            single.run(seeds, retain_graph=retain_graph, complete=lambda i: stream.complete(trained[i]))
+            try:
+                run()
+            except Lost:
+                raise
+            except Exception as error:
+                if self.ranks.size == 1:
+                    raise
+                failed = error  # the others are not to wait for the rest of this rank's rows
             stream.finish()
+            self.ranks.confirm(failed)
         except BaseException:
             combination.undo()
             raise
         self._finish(combination)
-        self._done = "streamed"
 
     def _read_features(self, features: FeatureSpec, batch: MixedBatch | None) -> list[Tensor]:
         groups, ranks = len(self.gradients.groups), self.ranks.size
@@ -366,6 +402,7 @@ class Surgery:
         the gradients are gone.
         """
         if self._done and any(parameter.grad is not None for parameter in self.gradients.parameters):
+            self.ranks.refuse()
             raise RuntimeError(
                 f"backward() once more in a step that had {self._usual_passes} of them at most so far: this step's surgery "
                 f"has been {self._done}, and cannot take in more gradients. "
@@ -376,14 +413,23 @@ class Surgery:
             )
         self._done = ""
 
+    def _trained(self) -> list[int]:
+        return [p for p, parameter in enumerate(self.gradients.parameters) if parameter.requires_grad]
+
     def _begin(
-        self, values: Tensor, tasks: Iterable[int], scaler: torch.amp.GradScaler | None, seed: Tensor | None, counts: Counts
-    ) -> tuple[Tensor, list[Tensor], list[Rows]]:
-        """What comes before a backward pass: the tasks' factors ``[K]``, and the parameters and rows that are trained."""
+        self,
+        values: Tensor,
+        tasks: Iterable[int],
+        scaler: torch.amp.GradScaler | None,
+        seed: Tensor | None,
+        counts: Counts,
+        outlook: Outlook | None = None,
+    ) -> tuple[Tensor, bool]:
+        """What comes before a backward pass: the tasks' factors ``[K]``, and whether surgery happens inside it."""
         tasks = list(tasks)
         present = torch.zeros_like(values, dtype=torch.bool).index_fill(0, self._index(tuple(tasks)), True)
         self._rested = self.reuse.rests
-        meeting = self.ranks.meet(values, present, counts, ahead=self._rested)
+        meeting = self.ranks.meet(values, present, counts, ahead=self._rested, outlook=outlook)
         if self.weighs_ahead:
             self.weigh(meeting)
         shares = meeting.shares
@@ -403,8 +449,7 @@ class Surgery:
             if not self.due:
                 gradients.expect(tasks)
             self.passes.append((values, present))
-        trained = [p for p, parameter in enumerate(gradients.parameters) if parameter.requires_grad]
-        return factors, [gradients.parameters[p] for p in trained], [gradients.rows[p] for p in trained]
+        return factors, meeting.streams
 
     @torch.no_grad()
     def weigh(self, meeting: Meeting) -> None:
@@ -436,6 +481,10 @@ class Surgery:
 
     def _operate(self) -> None:
         assert self.tasks is not None
+        if self.ranks.parts is not None:
+            combination = self._combination(self.gradients, undoable=True)
+            self._combine_in(Lockstep(combination, self.ranks.parts), combination, lambda: None)
+            return
         gradients = self.ranks.reduce(self.gradients if self.features is None else self.features)
         if self.nonfinite != "propagate":
             gradients.align()
