@@ -7,7 +7,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ._solvers import ENUMERATED, RIDGE, UNSOLVED, looks, warn
+from ._solvers import ENUMERATED, UNSOLVED, looks, warn
+
+_RIDGE = 1e-14  # added to squared lengths of 1
 
 
 def complementary(
@@ -59,22 +61,26 @@ def _unsolved(cosines: Tensor, linear: Tensor, x: Tensor, allowed: Tensor) -> Te
 
 @lru_cache(maxsize=32)
 def supports(tasks: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """All subsets of the tasks, as masks ``[S, K, 1]`` and as what a matrix is multiplied with ``[S, K, K]``."""
+    """All subsets of the tasks, as masks ``[S, K, 1]`` and as what a matrix of cosines is multiplied with ``[S, K, K]``.
+
+    The diagonal is a little more than 1, so that parallel gradients do not make a singular matrix.
+    """
     bits = torch.arange(2**tasks).reshape(-1, 1).bitwise_right_shift(torch.arange(tasks)).bitwise_and(1)
-    pairs = bits[:, :, None] * bits[:, None, :]
-    pairs.diagonal(dim1=-2, dim2=-1).fill_(1)
-    return bits[..., None].to(device, dtype), pairs.to(device, dtype)
+    pairs = (bits[:, :, None] * bits[:, None, :]).to(device, dtype)
+    pairs.diagonal(dim1=-2, dim2=-1).fill_(1 + _RIDGE)
+    return bits[..., None].to(device, dtype), pairs
 
 
 def _by_enumeration(cosines: Tensor, linear: Tensor) -> Tensor:
     """For each support the solution that has it if there is one; of these the one that violates the conditions least."""
     masks, pairs = supports(linear.shape[-1], cosines.dtype, cosines.device)
-    right = linear.mT[:, None]  # [G, 1, K, R]
-    x = torch.linalg.solve_ex(_ridged(cosines)[:, None] * pairs, right * -masks)[0].clamp_(min=0)  # [G, S, K, R]
-    violation = torch.minimum(x, cosines[:, None] @ x + right).abs().amax(-2)  # [G, S, R]
-    best = violation.nan_to_num_(torch.inf).argmin(1)
-    found: Tensor = x.gather(1, best[:, None, None].expand(-1, 1, x.shape[2], -1))
-    return found.squeeze(1).mT
+    right = linear.neg().mT.unsqueeze(1) * masks  # [G, S, K, R]
+    x = torch.linalg.solve_ex(cosines.unsqueeze(1) * pairs, right)[0].mT.clamp(min=0)  # [G, S, R, K]
+    slack = torch.bmm(x.flatten(1, 2), cosines).view_as(x).add_(linear.unsqueeze(1))
+    violation = torch.minimum(x, slack).abs_().amax(-1)  # [G, S, R]
+    best = violation.nan_to_num_(torch.inf).argmin(1)[:, None, :, None]
+    found: Tensor = x.gather(1, best.expand(-1, -1, -1, x.shape[-1]))
+    return found.squeeze(1)
 
 
 def _by_reflections(cosines: Tensor, linear: Tensor, allowed: Tensor) -> Tensor:
@@ -185,5 +191,5 @@ def longest(x: Tensor, dx: Tensor, y: Tensor, dy: Tensor) -> Tensor:
 
 def _ridged(cosines: Tensor) -> Tensor:
     result = cosines.clone()
-    result.diagonal(dim1=-2, dim2=-1).add_(RIDGE)
+    result.diagonal(dim1=-2, dim2=-1).add_(_RIDGE)
     return result

@@ -66,6 +66,6 @@ class DualProj(Rule):
     ) -> tuple[Tensor, State]:
         cosines, norms, there = directions(gram, active)
         weights = shares(gram, state, active)
-        average = torch.where(there, weights * norms, 0.0)[:, None]
-        added = complementary(cosines, average @ cosines, "DualProj").squeeze(1)
+        average = (weights * norms * there).unsqueeze(1)
+        added = complementary(cosines, torch.bmm(average, cosines), "DualProj").squeeze(1)
         return diagonal(weights + added / norms, gram, active), state

@@ -41,7 +41,7 @@ class IMTLL(Rule):
 
     Reference:
         Liu et al., *Towards Impartial Multi-Task Learning*, ICLR 2021 (https://openreview.net/forum?id=IMPnRXEWpvr),
-        section 3.2 (IMTL-L).
+        there IMTL-L.
 
     Note:
         The paper trains ``s`` with the model's optimizer; here it has an Adam of its own, whose state is the rule's.

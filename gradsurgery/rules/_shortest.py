@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._complementarity import by_pivoting, longest, supports
-from ._solvers import RIDGE, looks
+from ._solvers import looks
 
 
 def shortest(gram: Tensor, there: Tensor, tolerance: float, iterations: int) -> tuple[Tensor, Tensor]:
@@ -103,7 +103,7 @@ def shortest_by_enumeration(gram: Tensor, there: Tensor) -> Tensor:
     square = torch.where(there, gram.diagonal(dim1=-2, dim2=-1), 1.0).clamp_min(1e-60)  # of a largest of 1
     inverse = square.rsqrt()
     cosines = gram * inverse[:, :, None] * inverse[:, None, :]
-    cosines.diagonal(dim1=-2, dim2=-1).fill_(1 + RIDGE)
+    cosines.diagonal(dim1=-2, dim2=-1).fill_(1)
     masks, pairs = supports(gram.shape[-1], gram.dtype, gram.device)
     inverse = (inverse * there)[:, None, :, None]
     x = torch.linalg.solve_ex(cosines[:, None] * pairs, inverse * masks)[0]

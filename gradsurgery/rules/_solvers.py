@@ -17,7 +17,6 @@ ENUMERATED = 5  # with so many tasks at most, all 2^K supports of a solution are
 # Gram matrices may be from products in float32, whose rounding looks like directions of this squared length.
 ROUNDING = 4 * torch.finfo(torch.float32).eps
 UNSOLVED = "the gradients are nearly dependent, and the result is less exact"
-RIDGE = 1e-14  # added to squared lengths of 1, so that parallel gradients do not make a singular matrix
 
 
 class Directions(NamedTuple):

@@ -43,7 +43,7 @@ class STCH(Rule):
 
     Reference:
         Lin et al., *Smooth Tchebycheff Scalarization for Multi-Objective Optimization*, ICML 2024 (arXiv:2402.19078),
-        section 3.
+        there STCH.
 
     Note:
         It compares losses with each other: they should be of one scale. The authors' multi-task experiments take the log of
