@@ -15,6 +15,7 @@ from ._checkpoint import TrainingState
 from ._operate import operate
 from ._optimizer import SurgeryOptimizer
 from ._recorder import Recorder
+from ._report import report
 from ._rule import Rule, State
 from ._step import Step
 from .rules import (
@@ -93,6 +94,7 @@ __all__ = [
     "UncertaintyWeighting",
     "operate",
     "plots",
+    "report",
     "sources",
     "testing",
 ]

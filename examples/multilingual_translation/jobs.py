@@ -237,8 +237,8 @@ def plan(jobs: Sequence[Job], out: Path, cache: Path, *, processes: int, device:
         total, seconds = total + len(left), seconds + its
     lines.append("")
     lines.append(
-        f"{total} runs are left: {seconds / 60:.0f} minutes of one process, {seconds / 60 / processes:.0f} minutes of "
-        f"{processes}, if the machine is otherwise idle."
+        f"{total} runs are left: {seconds / 60:.1f} minutes of one process, {seconds / 60 / processes:.1f} of {processes}, "
+        "if the machine does nothing else."
     )
     return "\n".join(lines)
 
