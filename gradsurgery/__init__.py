@@ -18,6 +18,7 @@ from ._gate import DiscriminatorGate, GateRecord
 from ._operate import operate
 from ._optimizer import SurgeryOptimizer
 from ._recorder import Recorder
+from ._report import report
 from ._reversal import reverse_gradient
 from ._rule import Rule, State
 from ._shadow import GapRecord, Shadow
@@ -118,6 +119,7 @@ __all__ = [
     "UncertaintyWeighting",
     "operate",
     "plots",
+    "report",
     "reverse_gradient",
     "sources",
     "testing",
