@@ -44,5 +44,5 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 def gap(seeds: Sequence[int], accuracies: Sequence[float], baseline: Sequence[float]) -> gs.GapResult:
     """The negative transfer gap in points of accuracy: risks are errors in percent."""
-    errors = ([100 - a for a in values] for values in (accuracies, baseline))
-    return gs.GapResult(tuple(seeds), *(tuple(values) for values in errors))
+    with_source, target_only = (tuple(100 - a for a in values) for values in (accuracies, baseline))
+    return gs.GapResult(tuple(seeds), with_source, target_only)

@@ -12,6 +12,7 @@ import gradsurgery as gs
 
 from . import studies
 from .estimates import Estimate, estimate, gap
+from .protocol import Setting
 from .runs import Run
 from .studies import Cell, Study
 
@@ -142,8 +143,16 @@ def claims(results: Results, asked: Sequence[str]) -> str:
     if "checks" in asked:
         lines += gate_claims(results) + weight_claims(results)
     if "figure33" in asked and 1.0 in results.study.epsilons:
-        lines += useless_claim(results)
+        lines += useless_claim(results, asked)
     return "\n".join(f"- {line}" for line in lines) + "\n"
+
+
+FEW = f"{studies.HARD['labelled']:g} %, at most {studies.HARD['at_most']} of a class"
+
+
+def figure_setting(study: Study, eps: float) -> Setting:
+    """Of Figure 3.3(a)."""
+    return study.setting(study.main[0], eps, labelled=20.0)
 
 
 def said(holds: bool) -> str:
@@ -154,23 +163,28 @@ def said(holds: bool) -> str:
 def sign_claim(results: Results, asked: Sequence[str]) -> list[str]:
     """The gap of DANN is negative for a good source and positive for a bad one."""
     study, lines = results.study, []
-    curves: dict[tuple[tuple[str, str], float], dict[float, Cell]] = {}
+    curves: dict[tuple[str, str], dict[float, Cell]] = {}  # pair and labels → rate → cell
     if "figure33" in asked:
         pair = study.main[0]
-        settings = {eps: study.setting(pair, eps, labelled=20.0) for eps in study.epsilons}
-        curves[pair, 20.0] = {eps: studies.cell(study, "DANN", setting) for eps, setting in settings.items()}
+        curves[short(pair), "20 %"] = {
+            eps: studies.cell(study, "DANN", figure_setting(study, eps)) for eps in study.epsilons
+        }
     if "table31" in asked:
         for (method, pair, eps, share), cell in studies.table31(study).items():
             if method == "DANN":
-                curves.setdefault((pair, share), {}).setdefault(eps, cell)
+                curves.setdefault((short(pair), f"{share:g} %"), {})[eps] = cell
+    if "checks" in asked:
+        for (method, pair, eps), cell in studies.checks(study).items():
+            if method == "DANN":
+                curves.setdefault((short(pair), FEW), {})[eps] = cell
     holds = 0
-    for (pair, share), cells in sorted(curves.items()):
+    for (name, labels), cells in sorted(curves.items()):
         gaps = [(eps, results.gap(cell)) for eps, cell in sorted(cells.items())]
         (first, good), (last, bad) = gaps[0], gaps[-1]
         change = good.interval[1] < 0 < bad.interval[0]
         holds += change
         low, high = (Estimate(g.gap, *g.interval).bounds for g in (good, bad))
-        lines.append(f"  - {short(pair)}, {share:g} %: {low} at ε = {first:g}, {high} at ε = {last:g}: {said(change)}")
+        lines.append(f"  - {name}, {labels}: {low} at ε = {first:g}, {high} at ε = {last:g}: {said(change)}")
     return [f"NTG of DANN changes sign as ε grows, for {holds} of {len(curves)} curves: {said(holds > 0)}", *lines]
 
 
@@ -211,10 +225,23 @@ def weight_claims(results: Results) -> list[str]:
     return [f"Mean weight of clean over perturbed source, DANN-gate, at least 2 for ε in [.3, .7]: {said(holds)}", *lines]
 
 
-def useless_claim(results: Results) -> list[str]:
+def useless_claim(results: Results, asked: Sequence[str]) -> list[str]:
     """A source that is all wrong does no harm to the gated method."""
     study = results.study
-    setting = study.setting(study.main[0], 1.0, labelled=20.0)
-    one = results.gap(studies.cell(study, "DANN-gate", setting))
-    text = Estimate(one.gap, *one.interval).bounds
-    return [f"At ε = 1, gated DANN within 2 points of target only (NTG at most 2): {text}: {said(one.gap <= 2)}"]
+    cells = {f"{short(study.main[0])}, 20 %": studies.cell(study, "DANN-gate", figure_setting(study, 1.0))}
+    if "checks" in asked:
+        for (method, pair, eps), cell in studies.checks(study).items():
+            if method.endswith("-gate") and eps == 1:
+                cells[f"{method}, {short(pair)}, {FEW}"] = cell
+    gaps = {name: results.gap(cell) for name, cell in cells.items()}
+    first = next(iter(gaps.values()))
+    lines = [
+        f"  - {name}: {Estimate(one.gap, *one.interval).bounds}: {said(one.gap <= 2)}"
+        for name, one in list(gaps.items())[1:]
+    ]
+    text = Estimate(first.gap, *first.interval).bounds
+    where = next(iter(gaps))
+    return [
+        f"At ε = 1, gated DANN within 2 points of target only (NTG at most 2), {where}: {text}: {said(first.gap <= 2)}",
+        *lines,
+    ]

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 import gradsurgery as gs
 
 from ._dann import deceived, marginal
-from ._deep import Batch, Deep, Seen, mean, sides
+from ._deep import Batch, Deep, Seen, adversary_loss, mean
 
 
 class ADDA(Deep):
@@ -76,15 +76,17 @@ class ADDA(Deep):
     def domain_loss(self, seen: Seen) -> Tensor:
         """The discriminator's."""
         if isinstance(self.adversary, gs.DiscriminatorGate):
-            return self.adversary.loss(**sides(seen))
+            return adversary_loss(self.adversary, seen)
         return marginal(self.adversary(seen.source), self.adversary(seen.unlabelled))
 
     def fooling_loss(self, seen: Seen) -> Tensor:
         """Low where target features pass as the source's: labels inverted."""
         if not isinstance(self.adversary, gs.DiscriminatorGate):
             return mean(F.softplus(self.adversary(seen.unlabelled)[:, 0]))
-        loss = mean(F.softplus(self.adversary(seen.unlabelled, None)))
-        return loss + mean(F.softplus(self.adversary(seen.labelled, seen.y_labelled)))
+        fooled = [mean(F.softplus(self.adversary(seen.unlabelled, None)))]
+        if len(seen.labelled):
+            fooled.append(mean(F.softplus(self.adversary(seen.labelled, seen.y_labelled))))
+        return torch.stack(fooled).mean()
 
     @torch.no_grad()
     def features(self, x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import gradsurgery as gs
 
 from ..data import CLASSES
 from ..models import FEATURES, head
-from ._deep import Batch, Deep, Gating, Seen, mean, sides
+from ._deep import Batch, Deep, Gating, Seen, adversary_loss, mean
 
 
 class DANN(Deep):
@@ -33,7 +33,7 @@ class DANN(Deep):
         own = nn.ModuleList([self.encoder, self.classifier, self.adversary])
         if self.gate is not None:
             own.append(self.gate)
-        self.optimizer = gs.SurgeryOptimizer(
+        self.optimizer = self.surgery = gs.SurgeryOptimizer(
             self.adam(own),
             gs.Adversary("domain", mu=self.strength, steps=self.training.steps),
             model=own,
@@ -46,14 +46,14 @@ class DANN(Deep):
         losses = {"label": self.label_loss(seen)}
         if len(seen.source):
             losses["domain"] = self.domain_loss(seen) + self.gate_loss(seen)
-        self.optimizer.zero_grad()
-        self.optimizer.backward(losses)
-        self.optimizer.step()
+        self.surgery.zero_grad()
+        self.surgery.backward(losses)
+        self.surgery.step()
 
     def domain_loss(self, seen: Seen) -> Tensor:
         """What the discriminator makes small and the encoder makes large: minus Eq. 3.7 or 3.10."""
         if isinstance(self.adversary, gs.DiscriminatorGate):
-            return self.adversary.loss(**sides(seen))
+            return adversary_loss(self.adversary, seen)
         source, target = self.adversary(seen.source), self.adversary(seen.unlabelled)
         return marginal(source, target, self.class_weights(seen.y))
 

@@ -111,6 +111,7 @@ class Deep:
                 normalise=training.normalise,
                 discriminator=Projection(training.dropout),
             )
+        self.optimizer: torch.optim.Optimizer
         self.prepare()
 
     # --- What a method changes ------------------------------------------------------------------------------------------
@@ -224,6 +225,12 @@ class Deep:
     def gate_loss(self, seen: Seen) -> Tensor:
         """Minus Eq. 3.10, of the gate's discriminator alone: it looks on. 0 without a gate."""
         return seen.source.new_zeros(()) if self.gate is None or not len(seen.source) else self.gate.loss(**sides(seen))
+
+
+def adversary_loss(adversary: gs.DiscriminatorGate, seen: Seen) -> Tensor:
+    """Minus Eq. 3.10, the mean of its terms instead of their sum: gated methods drive the encoder no harder than others."""
+    loss: Tensor = adversary.loss(**sides(seen))
+    return loss / 2 if adversary.terms == "both" else loss
 
 
 def sides(seen: Seen) -> dict[str, Any]:
