@@ -12,11 +12,13 @@ Wrap the optimizer you have, give it the loss of each task, and a rule operates 
 
 from . import plots, sources, testing
 from ._checkpoint import TrainingState
+from ._coordinates import CoordinateRule
 from ._gap import GapCurve, GapResult, NegativeTransferGap
 from ._gate import DiscriminatorGate, GateRecord
 from ._operate import operate
 from ._optimizer import SurgeryOptimizer
 from ._recorder import Recorder
+from ._report import report
 from ._reversal import reverse_gradient
 from ._rule import Rule, State
 from ._shadow import GapRecord, Shadow
@@ -42,6 +44,7 @@ from .rules import (
     DualProj,
     EqualNorm,
     FairGrad,
+    GradDrop,
     GradNorm,
     GradVac,
     Krum,
@@ -54,6 +57,7 @@ from .rules import (
     Sum,
     TaskGate,
     Transference,
+    TrimmedMean,
     UncertaintyWeighting,
     UPGrad,
 )
@@ -78,6 +82,7 @@ __all__ = [
     "CAGrad",
     "Chain",
     "ConFIG",
+    "CoordinateRule",
     "CosineGate",
     "DiscriminatorGate",
     "DualProj",
@@ -87,6 +92,7 @@ __all__ = [
     "GapRecord",
     "GapResult",
     "GateRecord",
+    "GradDrop",
     "GradNorm",
     "GradVac",
     "Krum",
@@ -108,10 +114,12 @@ __all__ = [
     "TrainingState",
     "TransferMatrix",
     "Transference",
+    "TrimmedMean",
     "UPGrad",
     "UncertaintyWeighting",
     "operate",
     "plots",
+    "report",
     "reverse_gradient",
     "sources",
     "testing",

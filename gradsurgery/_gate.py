@@ -97,8 +97,8 @@ class DiscriminatorGate(nn.Module):
         >>> gate.loss(source=(f, y), target=(f + 1, y), unlabelled=f + 1).backward()
 
     Reference:
-        Wang, Dai, Póczos, Carbonell, *Characterizing and Avoiding Negative Transfer*, CVPR 2019; Z. Wang's thesis,
-        Equations 3.8 to 3.11.
+        Wang, Dai, Póczos, Carbonell, *Characterizing and Avoiding Negative Transfer*, CVPR 2019 (arXiv:1811.09751);
+        Z. Wang's thesis, Equations 3.8 to 3.11.
 
     Note:
         Equation 3.11, as printed, would let ``D`` descend its own likelihood: the sign here is that of DANN (Ganin et al.,

@@ -14,6 +14,14 @@ torch.set_num_threads(1)  # the models are tiny, and threads wait for each other
 TASKS = ("a", "b", "c")
 
 
+def pytest_collection_modifyitems(config, items):
+    """What needs several processes runs in one worker: they are started once, and do not wait for each other's cores."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            if item.get_closest_marker("distributed"):
+                item.add_marker(pytest.mark.xdist_group("distributed"))
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

@@ -17,12 +17,13 @@ def blocks(page):
     return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
+PAGES = ["README.md", "docs/index.md", "docs/choosing.md", "docs/guide.md", "docs/migration.md", "docs/transfer.md"]
 LOOPS = ["docs/pytorch.md", "docs/lightning.md", "docs/accelerate.md", "docs/huggingface.md"]
 
 
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")  # Lightning's advice,
 @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")  # and its own call
-@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/migration.md", "docs/transfer.md", *LOOPS])
+@pytest.mark.parametrize("page", [*PAGES, *LOOPS])
 def test_code_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
     import matplotlib
 

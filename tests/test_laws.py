@@ -85,7 +85,8 @@ def rules(*exclude):
 def test_the_table_has_every_rule():
     parts = [part for rule in ALL.values() for part in (rule, *getattr(rule, "rules", ()))]
     parts += [part.rule for part in parts if isinstance(part, gs.CRMOGM)]
-    assert {type(part) for part in parts} == {gs.Rule, *(getattr(gs.rules, name) for name in gs.rules.__all__)}
+    every = {getattr(gs.rules, name) for name in gs.rules.__all__}
+    assert {type(part) for part in parts} == {gs.Rule, *(rule for rule in every if issubclass(rule, gs.Rule))}
 
 
 # --- Asking a rule ----------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from ._fairgrad import FairGrad
 from ._famo import FAMO
 from ._gem import GEM
 from ._gls import GLS
+from ._graddrop import GradDrop
 from ._gradnorm import GradNorm
 from ._gradvac import GradVac
 from ._imtl_g import IMTLG
@@ -31,6 +32,7 @@ from ._stch import STCH
 from ._sum import Mean, Sum
 from ._task_gate import TaskGate
 from ._transference import Transference
+from ._trimmed_mean import TrimmedMean
 from ._uncertainty import UncertaintyWeighting
 from ._upgrad import UPGrad
 
@@ -55,6 +57,7 @@ __all__ = [
     "DualProj",
     "EqualNorm",
     "FairGrad",
+    "GradDrop",
     "GradNorm",
     "GradVac",
     "Krum",
@@ -67,6 +70,7 @@ __all__ = [
     "Sum",
     "TaskGate",
     "Transference",
+    "TrimmedMean",
     "UPGrad",
     "UncertaintyWeighting",
 ]

@@ -46,8 +46,8 @@ class Adversary(Rule):
         tensor([ 0.5000, -1.5000])
 
     Reference:
-        Ganin et al., *Domain-Adversarial Training of Neural Networks*, JMLR 2016, Equations 13 to 15; Z. Wang's thesis,
-        Equation 3.5.
+        Ganin et al., *Domain-Adversarial Training of Neural Networks*, JMLR 2016, Equations 13 to 15
+        (arXiv:1505.07818); Z. Wang's thesis, Equation 3.5.
 
     Note:
         It equals a gradient reversal layer between the encoder and the discriminators, where each adversary has

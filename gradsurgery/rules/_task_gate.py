@@ -49,8 +49,8 @@ class TaskGate(Rule):
         1.0
 
     Reference:
-        Wang, Dai, Póczos, Carbonell, *Characterizing and Avoiding Negative Transfer*, CVPR 2019; Z. Wang's thesis,
-        Equations 3.8 and 3.9.
+        Wang, Dai, Póczos, Carbonell, *Characterizing and Avoiding Negative Transfer*, CVPR 2019 (arXiv:1811.09751);
+        Z. Wang's thesis, Equations 3.8 and 3.9.
 
     Note:
         The papers weigh samples; here, a task takes the place of a sample. Train the gate on the target against *all* other

@@ -112,7 +112,8 @@ class Transference(Rule):
         c                -0.1    +0 +0.05
 
     Reference:
-        Fifty et al., *Efficiently Identifying Task Groupings for Multi-Task Learning*, NeurIPS 2021, Section 3.
+        Fifty et al., *Efficiently Identifying Task Groupings for Multi-Task Learning*, NeurIPS 2021, Section 3
+        (arXiv:2109.04617).
 
     Note:
         TAG evaluates the losses after each lookahead step; this is its first order, at no extra pass. It does not see
