@@ -13,7 +13,7 @@ demo: .venv/examples  ## train a small translation model on six languages, with 
 	$(BIN)/python -m examples.translation $(ARGS)
 
 # `make transfer ARGS="table32 --quick"`: one of its outputs; ARGS=--help lists them.
-transfer: .venv/digits  ## which source data hurt, on real digits: the tables and figures on negative transfer, one hour
+transfer: .venv/digits  ## which source data hurt, on real digits: the tables and figures on negative transfer; an hour and more
 	$(BIN)/python -m examples.negative_transfer $(or $(ARGS),all)
 
 test: lint  ## lint, type check, and all tests with coverage

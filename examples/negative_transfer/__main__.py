@@ -18,7 +18,7 @@ try:
 except ImportError as error:
     raise SystemExit(f'The example needs more packages ({error}): pip install "gradsurgery[negative-transfer]".') from error
 
-SECONDS = 2.5
+SECONDS = 3.2
 """Of a run, about, on one core: what --plan reckons with."""
 
 WHAT = {

@@ -193,7 +193,7 @@ def gate_claims(results: Results) -> list[str]:
     study, cells = results.study, studies.checks(results.study)
     gains: Mapping[tuple[str, float], list[float]] = {
         (method, eps): list(
-            np.mean([results.gain(cells[f"{method}-gate", pair, eps], cells[method, pair, eps]) for pair in study.main], 0)
+            np.mean([results.gain(cells[f"{method}-gate", pair, eps], cells[method, pair, eps]) for pair in study.pairs], 0)
         )
         for method in study.methods
         for eps in {eps for _, _, eps in cells}
