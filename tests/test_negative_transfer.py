@@ -578,9 +578,9 @@ def test_all_outputs(tiny, tmp_path, cache, capsys):
         assert text in printed
         assert "small → edges" in text
         assert "nan" not in text
-    for name in ("figure33", "figure34", "figure35"):
+    for name in ("gap", "figure33", "figure34", "figure35"):
         assert (out / f"{name}.png").stat().st_size > 5000
-    assert gs.GapCurve.load(out / "figure33.json").epsilons == (0.0, 0.7, 1.0)
+    assert gs.GapCurve.load(out / "gap-DANN.json").epsilons == (0.0, 0.7, 1.0)
     claims = (out / "claims.md").read_text()
     assert claims.count("met**") >= 5
     for text in ("changes sign", "clear of zero", "costs no more than one point", "at least 2", "within 2 points"):

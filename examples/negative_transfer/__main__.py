@@ -79,9 +79,11 @@ def write(results: report.Results, asked: Sequence[str], out: Path, cache: Path)
             (out / f"{name}.md").write_text(text, encoding="utf-8")
             blocks.append(f"## {name}: {WHAT[name]}\n\n{text}")
     if "figure33" in asked:
-        curve = figures.figure33(results, out / "figure33.png")
-        curve.save(out / "figure33.json")
-        blocks.append(f"## figure33: gaps of DANN, error in %\n\n```\n{curve}\n```\n")
+        curves = figures.figure33(results, out / "figure33.png")
+        figures.gaps(curves, f"{report.short(results.study.main[0])}, 20 % of labels", out / "gap.png")
+        for name, curve in curves.items():
+            curve.save(out / f"gap-{name}.json")
+            blocks.append(f"## figure33: gaps of {name}, error in %\n\n```\n{curve}\n```\n")
     if "figure34" in asked:
         figures.figure34(results, out / "figure34.png", cache)
     if "figure35" in asked:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,15 +20,15 @@ import gradsurgery as gs
 
 from . import studies
 from .data import CLASSES
-from .report import Results, short
+from .report import Results, figure_setting, short
 from .runs import EDGES, Run, train
 
 SHOWN = 400
 """Samples of each domain in Figure 3.4."""
 
 
-def figure33(results: Results, file: Path) -> gs.GapCurve:
-    """Accuracy over perturbation rates and over labelled shares; returns the gaps of DANN over rates."""
+def figure33(results: Results, file: Path) -> dict[str, gs.GapCurve]:
+    """Accuracy over perturbation rates and over labelled shares; returns the gaps of DANN and its gated form over rates."""
     study = results.study
     curves = studies.figure33(study)
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
@@ -45,8 +46,26 @@ def figure33(results: Results, file: Path) -> gs.GapCurve:
     figure.suptitle(short(study.main[0]))
     figure.savefig(file, dpi=150)
     plt.close(figure)
-    cells = [studies.cell(study, "DANN", study.setting(study.main[0], e, labelled=20.0)) for e in study.epsilons]
-    return gs.GapCurve(study.epsilons, tuple(results.gap(cell) for cell in cells))
+    return {
+        method: gs.GapCurve(
+            study.epsilons,
+            tuple(results.gap(studies.cell(study, method, figure_setting(study, e))) for e in study.epsilons),
+        )
+        for method in ("DANN", "DANN-gate")
+    }
+
+
+def gaps(curves: Mapping[str, gs.GapCurve], title: str, file: Path) -> None:
+    """The gaps of several methods over perturbation rates."""
+    figure, ax = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    for name, curve in curves.items():
+        curve.plot(ax, label=name)
+    ax.set(xlabel="ε, the share of the source that is perturbed", ylabel="NTG, points of error", title=title)
+    ax.annotate("the source does harm", (0.99, 0.97), xycoords="axes fraction", ha="right", va="top", color="0.4", fontsize=9)
+    ax.annotate("the source helps", (0.99, 0.03), xycoords="axes fraction", ha="right", va="bottom", color="0.4", fontsize=9)
+    ax.legend(frameon=False, loc="upper left")
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
 
 
 class Embedded(NamedTuple):

@@ -144,7 +144,7 @@ def claims(results: Results, asked: Sequence[str]) -> str:
         lines += gate_claims(results) + weight_claims(results)
     if "figure33" in asked and 1.0 in results.study.epsilons:
         lines += useless_claim(results, asked)
-    return "\n".join(f"- {line}" for line in lines) + "\n"
+    return "\n".join(line if line.startswith(" ") else f"- {line}" for line in lines) + "\n"
 
 
 FEW = f"{studies.HARD['labelled']:g} %, at most {studies.HARD['at_most']} of a class"
