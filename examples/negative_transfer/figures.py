@@ -61,8 +61,8 @@ def gaps(curves: Mapping[str, gs.GapCurve], title: str, file: Path) -> None:
     for name, curve in curves.items():
         curve.plot(ax, label=name)
     ax.set(xlabel="ε, the share of the source that is perturbed", ylabel="NTG, points of error", title=title)
-    ax.annotate("the source does harm", (0.99, 0.97), xycoords="axes fraction", ha="right", va="top", color="0.4", fontsize=9)
-    ax.annotate("the source helps", (0.99, 0.03), xycoords="axes fraction", ha="right", va="bottom", color="0.4", fontsize=9)
+    for y, side, said in ((0.97, "top", "the source does harm"), (0.03, "bottom", "the source helps")):
+        ax.annotate(said, (0.99, y), xycoords="axes fraction", ha="right", va=side, color="0.4", fontsize=9)
     ax.legend(frameon=False, loc="upper left")
     figure.savefig(file, dpi=150)
     plt.close(figure)
