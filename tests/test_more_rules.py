@@ -402,6 +402,44 @@ def test_gradnorm_leaves_an_absent_tasks_weight_alone():
                 assert after[k] == before[k]
 
 
+def observed(gram, losses, *, active=None, state=None):
+    """GradNorm's state after a step."""
+    rule = gs.GradNorm()
+    tasks = names(len(losses))
+    gram, losses = torch.tensor(gram, dtype=torch.float64), torch.tensor(losses, dtype=torch.float64)
+    active = torch.ones(1, len(tasks), dtype=torch.bool) if active is None else torch.tensor([active])
+    step = gs.Step(tuple(tasks), ("all",), active, gram[None], torch.eye(len(tasks)).expand_as(gram[None]), losses)
+    return rule.observe(step, rule.init(tasks, ["all"]) if state is None else state)
+
+
+@pytest.mark.parametrize("loss", [float("nan"), 5.0])
+def test_gradnorm_of_the_others_is_as_if_a_task_without_gradient_were_not_there(loss):
+    alone = observed([[4.0, 1.0], [1.0, 9.0]], [2.0, 3.0])
+    found = observed([[4.0, 1, 0], [1, 9, 0], [0, 0, 0]], [2.0, 3.0, loss], active=[True, True, loss == 5.0])
+    torch.testing.assert_close(found["weight"][:2], alone["weight"])
+    assert found["weight"][2] == 1
+    assert alone["weight"][0] > 1 > alone["weight"][1]
+
+
+def test_gradnorm_after_a_loss_of_zero():
+    state = observed([[4.0, 1.0], [1.0, 9.0]], [0.0, 3.0])
+    assert state["weight"].isfinite().all()
+    assert state["initial"].tolist() == [0, 3]
+    state = observed([[4.0, 1.0], [1.0, 9.0]], [2.0, 1.0], state=state)  # what falls is measured from the first loss above
+    assert state["initial"].tolist() == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("to", "common"), [("one", lambda n: 1.0), ("mean", np.mean), ("min", np.min), ("max", np.max)], ids=str
+)
+def test_equal_norms_in_several_groups(to, common):
+    jacobian = np.stack([many(g, 3, 5) for g in range(2)])
+    mixing, _ = gs.EqualNorm(to=to).mix(oracles.gram(jacobian), {})
+    for g in range(2):
+        lengths = np.linalg.norm(jacobian[g], axis=-1)
+        np.testing.assert_allclose(mixing[g].numpy(), np.diag(common(lengths) / lengths), rtol=1e-12)
+
+
 # --- Weights, names and settings --------------------------------------------------------------------------------------
 
 
