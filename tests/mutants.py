@@ -376,6 +376,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    sys.dont_write_bytecode, sys.pycache_prefix = False, str(OUT / "compiled")  # all but the mutated module is compiled once
     OUT.mkdir(parents=True, exist_ok=True)
     parsed = configparser.ConfigParser()
     parsed.read(ROOT / "setup.cfg")
