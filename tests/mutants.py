@@ -376,7 +376,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    sys.dont_write_bytecode, sys.pycache_prefix = False, str(OUT / "compiled")  # all but the mutated module is compiled once
+    # All but the mutated module is compiled once.
+    sys.dont_write_bytecode, sys.pycache_prefix = False, str(OUT / "compiled")
     OUT.mkdir(parents=True, exist_ok=True)
     parsed = configparser.ConfigParser()
     parsed.read(ROOT / "setup.cfg")
