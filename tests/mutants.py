@@ -243,20 +243,19 @@ def digested(paths: Iterable[Path], salt: str = "") -> str:
     return hashlib.sha256(b"".join([salt.encode(), *(file.read_bytes() for file in files)])).hexdigest()[:8]
 
 
-def chosen(mutation: MutationSpec, tests: dict[str, Any], seconds: float) -> list[str]:
+def chosen(mutation: MutationSpec, tests: dict[str, Any], imported: Sequence[str], seconds: float) -> list[str]:
     """The tests that reach the mutation, the quickest first, as many as the time allows.
 
-    Of what is run on import, those that reach anything in the module.
+    Of what is run on import: those that reach anything in the module, after those ``imported`` that are there for it.
     """
-    module, line = str(mutation.module_path.relative_to(ROOT)), mutation.start_pos[0]
-    there = {test: found for test, found in tests.items() if module in found["lines"]}
-    first, last = _statement(mutation.module_path, line)
-    exact = {
-        test: found for test, found in there.items() if any(first <= number <= last for number in found["lines"][module])
-    }
+    module = str(mutation.module_path.relative_to(ROOT))
+    first, last = _statement(mutation.module_path, mutation.start_pos[0])
+    there = {name: found["lines"][module] for name, found in tests.items() if module in found["lines"]}
+    exact = [name for name, lines in there.items() if any(first <= line <= last for line in lines)]
+    ranked = sorted(exact or there, key=lambda name: tests[name]["seconds"])
     names, spent = [], 0.0
-    for name, found in sorted((exact or there).items(), key=lambda entry: entry[1]["seconds"]):
-        spent += found["seconds"] + 0.002
+    for name in ranked if exact else dict.fromkeys([*imported, *ranked]):
+        spent += tests[name]["seconds"] + 0.002
         if names and spent > seconds:
             break
         names.append(name)
@@ -299,14 +298,14 @@ class Only:
         items[:] = sorted((item for item in items if item.nodeid in self.place), key=lambda item: self.place[item.nodeid])
 
 
-def tried(mutation: MutationSpec, tests: dict[str, Any], seconds: float) -> WorkResult:
+def tried(mutation: MutationSpec, tests: dict[str, Any], imported: Sequence[str], seconds: float) -> WorkResult:
     """Runs a mutant."""
     path = mutation.module_path
     before = path.read_text()
     after = mutate_code(before, get_operator(mutation.operator_name)(), mutation.occurrence)
     place = str(path.relative_to(ROOT))
     diff = "\n".join(unified_diff(before.split("\n"), after.split("\n"), place, place, n=1, lineterm=""))
-    names = chosen(mutation, tests, seconds)
+    names = chosen(mutation, tests, imported, seconds)
     if not names:
         return WorkResult(WorkerOutcome.NORMAL, "No test reaches the module.", TestOutcome.SURVIVED, diff)
     log = OUT / "mutant.txt"
@@ -377,6 +376,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    # All but the mutated module is compiled once.
+    sys.dont_write_bytecode, sys.pycache_prefix = False, str(OUT / "compiled")
     OUT.mkdir(parents=True, exist_ok=True)
     parsed = configparser.ConfigParser()
     parsed.read(ROOT / "setup.cfg")
@@ -403,7 +404,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if time.monotonic() > end:
                 break
             start, mutation = time.monotonic(), item.mutations[0]
-            result = tried(mutation, found, seconds)
+            result = tried(mutation, found, settings["imported"].split(), seconds)
             db.set_result(item.job_id, result)
             where = f"{mutation.module_path.relative_to(ROOT)}:{mutation.start_pos[0]}"
             spent = f"{time.monotonic() - start:.1f} s"

@@ -11,6 +11,7 @@ from torch import nn
 
 import gradsurgery as gs
 from gradsurgery import _buffer
+from gradsurgery._arena import Arena
 
 # --- Sparse gradients -------------------------------------------------------------------------------------------------
 
@@ -169,6 +170,46 @@ def test_a_sparse_gradient_of_single_numbers():
         found.append((table.grad.to_dense(), opt.last.gram))
         table.grad = None
     torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_the_row_of_the_only_task_is_dense_only_by_rights(dense):
+    row, rows = torch.eye(3), _buffer.Rows()
+    for _ in range(2):
+        rows.add(0, row.to_sparse(1), dense=dense)
+        rows.align()
+        assert rows.alone().is_sparse != dense
+        assert torch.equal(rows.alone().to_dense(), row)
+        rows.clear()
+
+
+# --- Where rows are ---------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_tasks_that_come_and_go_are_one_block():
+    rows = _buffer.Rows()
+    steps = [(0, 1, 2), (0, 1, 2), (0, 1), (0, 1, 2), (1, 2), (0, 2)]
+    for number, tasks in enumerate(steps):
+        rows.expect(tasks)
+        for task in tasks:
+            rows.add(task, torch.full((5,), float(task)))
+        places = {row.untyped_storage().data_ptr() for row in rows.of.values()}
+        assert len(places) == (1 if number else len(tasks))  # which tasks reach a parameter is seen in the first step
+        assert all((row == task).all() for task, row in rows.of.items())
+        rows.clear()
+
+
+def test_memory_of_a_block_that_is_kept_is_not_given_to_others():
+    arena = Arena()
+    for _ in range(3):  # how much memory is needed is seen in the first step
+        parameters = [_buffer.Rows(arena) for _ in range(3)]
+        for number, rows in enumerate(parameters):
+            block = arena.take((2, 100), torch.float32, torch.device("cpu"))
+            rows.add_block((0, 1), block.fill_(number), owned=True)
+        for number, rows in enumerate(parameters):
+            assert all((row == number).all() for row in rows.of.values())
+            rows.clear()
+        arena.reset()
 
 
 # --- Dtypes -----------------------------------------------------------------------------------------------------------

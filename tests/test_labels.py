@@ -708,16 +708,17 @@ def test_a_step_like_the_one_before_takes_no_new_memory(actions):
             arena.give(tensor)
 
 
-def test_memory_is_given_again():
+@pytest.mark.parametrize("which", range(3))
+def test_memory_is_given_again(which):
     arena = Arena()
     for _ in range(2):  # at first, nothing is known of how much it takes
         rows = [arena.take((100,), torch.float32, CPU) for _ in range(3)]
         arena.reset()
     rows = [arena.take((100,), torch.float32, CPU) for _ in range(3)]
-    arena.give(rows[1])
+    arena.give(rows[which])
     again = arena.take((10, 10), torch.float32, CPU)
     assert arena._wanted == 3 * 448  # in units of 64
-    assert again.data_ptr() == rows[1].data_ptr()
+    assert again.data_ptr() == rows[which].data_ptr()
     assert inside(arena, again)
     beside = arena.take((arena._memory.size,), torch.uint8, CPU)
     assert not inside(arena, beside)  # no place is left

@@ -402,41 +402,98 @@ def test_gradnorm_leaves_an_absent_tasks_weight_alone():
                 assert after[k] == before[k]
 
 
+def observed(gram, losses, *, active=None, state=None):
+    """GradNorm's state after a step."""
+    rule = gs.GradNorm()
+    tasks = names(len(losses))
+    gram, losses = torch.tensor(gram, dtype=torch.float64), torch.tensor(losses, dtype=torch.float64)
+    active = torch.ones(1, len(tasks), dtype=torch.bool) if active is None else torch.tensor([active])
+    step = gs.Step(tuple(tasks), ("all",), active, gram[None], torch.eye(len(tasks)).expand_as(gram[None]), losses)
+    return rule.observe(step, rule.init(tasks, ["all"]) if state is None else state)
+
+
+@pytest.mark.parametrize("loss", [float("nan"), 5.0])
+def test_gradnorm_of_the_others_is_as_if_a_task_without_gradient_were_not_there(loss):
+    alone = observed([[4.0, 1.0], [1.0, 9.0]], [2.0, 3.0])
+    found = observed([[4.0, 1, 0], [1, 9, 0], [0, 0, 0]], [2.0, 3.0, loss], active=[True, True, loss == 5.0])
+    torch.testing.assert_close(found["weight"][:2], alone["weight"])
+    assert found["weight"][2] == 1
+    assert alone["weight"][0] > 1 > alone["weight"][1]
+
+
+def test_gradnorm_after_a_loss_of_zero():
+    state = observed([[4.0, 1.0], [1.0, 9.0]], [0.0, 3.0])
+    assert state["weight"].isfinite().all()
+    assert state["initial"].tolist() == [0, 3]
+    state = observed([[4.0, 1.0], [1.0, 9.0]], [2.0, 1.0], state=state)  # what falls is measured from the first loss above
+    assert state["initial"].tolist() == [2, 3]
+
+
+COMMON = {"one": np.ones_like, "mean": np.mean, "min": np.min, "max": np.max}
+
+
+@pytest.mark.parametrize(("to", "common"), COMMON.items(), ids=COMMON)
+def test_equal_norms_in_several_groups(to, common):
+    jacobian = np.stack([many(g, 3, 5) for g in range(2)])
+    mixing, _ = gs.EqualNorm(to=to).mix(oracles.gram(jacobian), {})
+    for g in range(2):
+        lengths = np.linalg.norm(jacobian[g], axis=-1)
+        np.testing.assert_allclose(mixing[g].numpy(), np.diag(common(lengths) / lengths), rtol=1e-12)
+
+
 # --- Weights, names and settings --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: gs.UPGrad(weights={}), "`weights` must map distinct tasks, at least one, to weights >= 0. Found {}"),
-        (lambda: gs.UPGrad(weights={"a": -1.0}), "`weights` must map distinct tasks"),
-        (lambda: gs.DualProj(weights=[("a", 1), ("a", 2)]), "`weights` must map distinct tasks"),
-        (lambda: gs.ConFIG(weights={"a": float("nan")}), "`weights` must map distinct tasks"),
-        (lambda: gs.PCGrad(weights={"a": float("inf")}), "`weights` must map distinct tasks"),
-        (lambda: gs.CAGrad(c=1.0), r"`c` must be in \[0, 1\). Found c=1.0"),
-        (lambda: gs.NashMTL(update_every=0), "`update_every` must be a number of steps, at least 1. Found 0"),
-        (lambda: gs.NashMTL(update_every=True), "`update_every` must be a number of steps, at least 1. Found True"),
-        (lambda: gs.FairGrad(alpha=0), "`alpha` must be positive and finite. Found alpha=0"),
-        (lambda: gs.AlignedMTL(scale="max"), "`scale` must be 'min', 'median' or 'rmse'. Found scale='max'"),
-        (lambda: gs.GradNorm(alpha=-1), "`alpha` must be at least 0. Found alpha=-1"),
-        (lambda: gs.GradNorm(lr=0), "`lr` must be positive. Found lr=0"),
-        (lambda: gs.GradNorm(smallest=0), r"`smallest` must be in \(0, 1\). Found smallest=0"),
-        (lambda: gs.CosineGate(main="de"), r"`main` must be several names. Found the string 'de'; write \('de',\)"),
-        (lambda: gs.AGEM(anchors=()), r"`anchors` must be distinct names, at least one. Found \(\)"),
-        (lambda: gs.GEM(anchors=("a", "a")), "`anchors` must be distinct names"),
-        (lambda: gs.GEM(anchors=("a",), margin=-1), "`margin` must be at least 0. Found margin=-1"),
-        (lambda: gs.SDMGrad(lam=-1), "`lam` must be at least 0. Found lam=-1"),
-        (lambda: gs.SDMGrad(lr=0), "`lr` must be positive. Found lr=0"),
-        (lambda: gs.SDMGrad(momentum=1), r"`momentum` must be in \[0, 1\). Found momentum=1"),
-        (lambda: gs.SDMGrad(iterations=0), "`iterations` must be at least 1. Found iterations=0"),
-        (lambda: gs.MoDo(lr=-1), "`lr` must be positive. Found lr=-1"),
-        (lambda: gs.MoDo(rho=-1), "`rho` must be at least 0. Found rho=-1"),
-        (lambda: gs.CRMOGM(gs.MGDA(), alpha=2), r"`alpha` must be in \[0, 1\]. Found alpha=2"),
-        (lambda: gs.Krum(byzantine=-1), "`byzantine` must be a number of tasks, at least 0. Found byzantine=-1"),
-        (lambda: gs.Krum(selected=0), "`selected` must be a number of tasks, at least 1. Found selected=0"),
-        (lambda: gs.EqualNorm(to="median"), "`to` must be 'mean', 'min', 'max' or 'one'. Found to='median'"),
-    ],
-)
+OUT_OF_RANGE = {
+    "UPGrad-no-weights": (
+        lambda: gs.UPGrad(weights={}),
+        "`weights` must map distinct tasks, at least one, to weights >= 0. Found {}",
+    ),
+    "UPGrad-negative-weight": (lambda: gs.UPGrad(weights={"a": -1.0}), "`weights` must map distinct tasks"),
+    "DualProj-twice-the-same": (lambda: gs.DualProj(weights=[("a", 1), ("a", 2)]), "`weights` must map distinct tasks"),
+    "ConFIG-weight-nan": (lambda: gs.ConFIG(weights={"a": float("nan")}), "`weights` must map distinct tasks"),
+    "PCGrad-weight-inf": (lambda: gs.PCGrad(weights={"a": float("inf")}), "`weights` must map distinct tasks"),
+    "CAGrad-c": (lambda: gs.CAGrad(c=1.0), r"`c` must be in \[0, 1\). Found c=1.0"),
+    "NashMTL-update_every-0": (
+        lambda: gs.NashMTL(update_every=0),
+        "`update_every` must be a number of steps, at least 1. Found 0",
+    ),
+    "NashMTL-update_every-True": (
+        lambda: gs.NashMTL(update_every=True),
+        "`update_every` must be a number of steps, at least 1. Found True",
+    ),
+    "FairGrad-alpha": (lambda: gs.FairGrad(alpha=0), "`alpha` must be positive and finite. Found alpha=0"),
+    "AlignedMTL-scale": (
+        lambda: gs.AlignedMTL(scale="max"),
+        "`scale` must be 'min', 'median' or 'rmse'. Found scale='max'",
+    ),
+    "GradNorm-alpha": (lambda: gs.GradNorm(alpha=-1), "`alpha` must be at least 0. Found alpha=-1"),
+    "GradNorm-lr": (lambda: gs.GradNorm(lr=0), "`lr` must be positive. Found lr=0"),
+    "GradNorm-smallest": (lambda: gs.GradNorm(smallest=0), r"`smallest` must be in \(0, 1\). Found smallest=0"),
+    "CosineGate-main": (
+        lambda: gs.CosineGate(main="de"),
+        r"`main` must be several names. Found the string 'de'; write \('de',\)",
+    ),
+    "AGEM-no-anchors": (lambda: gs.AGEM(anchors=()), r"`anchors` must be distinct names, at least one. Found \(\)"),
+    "GEM-twice-the-same": (lambda: gs.GEM(anchors=("a", "a")), "`anchors` must be distinct names"),
+    "GEM-margin": (lambda: gs.GEM(anchors=("a",), margin=-1), "`margin` must be at least 0. Found margin=-1"),
+    "SDMGrad-lam": (lambda: gs.SDMGrad(lam=-1), "`lam` must be at least 0. Found lam=-1"),
+    "SDMGrad-lr": (lambda: gs.SDMGrad(lr=0), "`lr` must be positive. Found lr=0"),
+    "SDMGrad-momentum": (lambda: gs.SDMGrad(momentum=1), r"`momentum` must be in \[0, 1\). Found momentum=1"),
+    "SDMGrad-iterations": (lambda: gs.SDMGrad(iterations=0), "`iterations` must be at least 1. Found iterations=0"),
+    "MoDo-lr": (lambda: gs.MoDo(lr=-1), "`lr` must be positive. Found lr=-1"),
+    "MoDo-rho": (lambda: gs.MoDo(rho=-1), "`rho` must be at least 0. Found rho=-1"),
+    "CRMOGM-alpha": (lambda: gs.CRMOGM(gs.MGDA(), alpha=2), r"`alpha` must be in \[0, 1\]. Found alpha=2"),
+    "Krum-byzantine": (
+        lambda: gs.Krum(byzantine=-1),
+        "`byzantine` must be a number of tasks, at least 0. Found byzantine=-1",
+    ),
+    "Krum-selected": (lambda: gs.Krum(selected=0), "`selected` must be a number of tasks, at least 1. Found selected=0"),
+    "EqualNorm-to": (lambda: gs.EqualNorm(to="median"), "`to` must be 'mean', 'min', 'max' or 'one'. Found to='median'"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), OUT_OF_RANGE.values(), ids=OUT_OF_RANGE)
 def test_settings_out_of_range_are_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -280,25 +280,40 @@ def test_a_reduction_flag_that_is_always_true(rule):
 # --- Settings ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: gs.GradVac(beta=1.5), r"`beta` must be in \[0, 1\]. Found beta=1.5"),
-        (lambda: gs.GradVac(beta=-0.1), r"`beta` must be in \[0, 1\]. Found beta=-0.1"),
-        (lambda: gs.GradVac(beta=float("nan")), r"`beta` must be in \[0, 1\]. Found beta=nan"),
-        (lambda: gs.GradVac(target=1.01), r"`target` is a cosine and must be in \[-1, 1\].*Found 1.01"),
-        (lambda: gs.GradVac(target=float("nan")), r"`target` is a cosine and must be in \[-1, 1\].*Found nan"),
-        (lambda: gs.GradVac(max_growth=0.9), "`max_growth` must be at least 1. Found max_growth=0.9"),
-        (lambda: gs.GradVac(max_growth=float("nan")), "`max_growth` must be at least 1. Found max_growth=nan"),
-        (lambda: gs.GradVac(tasks="de"), r"`tasks` must be several names. Found the string 'de'; write \('de',\)"),
-        (lambda: gs.GradVac(tasks=[]), r"`tasks` must be distinct names, at least one.*Found \(\)"),
-        (lambda: gs.GradVac(tasks=["de", "de"]), r"`tasks` must be distinct names.*Found \('de', 'de'\)"),
-        (lambda: gs.MGDA(tolerance=0), "`tolerance` must be positive. Found tolerance=0"),
-        (lambda: gs.MGDA(tolerance=float("nan")), "`tolerance` must be positive. Found tolerance=nan"),
-        (lambda: gs.MGDA(iterations=0), "`iterations` must be at least 1. Found iterations=0"),
-        (lambda: gs.Chain(), "`Chain` needs at least one rule. Found none"),
-    ],
-)
+OUT_OF_RANGE = {
+    "GradVac-beta-above": (lambda: gs.GradVac(beta=1.5), r"`beta` must be in \[0, 1\]. Found beta=1.5"),
+    "GradVac-beta-below": (lambda: gs.GradVac(beta=-0.1), r"`beta` must be in \[0, 1\]. Found beta=-0.1"),
+    "GradVac-beta-nan": (lambda: gs.GradVac(beta=float("nan")), r"`beta` must be in \[0, 1\]. Found beta=nan"),
+    "GradVac-target-above": (lambda: gs.GradVac(target=1.01), r"`target` is a cosine and must be in \[-1, 1\].*Found 1.01"),
+    "GradVac-target-nan": (
+        lambda: gs.GradVac(target=float("nan")),
+        r"`target` is a cosine and must be in \[-1, 1\].*Found nan",
+    ),
+    "GradVac-max_growth-below": (
+        lambda: gs.GradVac(max_growth=0.9),
+        "`max_growth` must be at least 1. Found max_growth=0.9",
+    ),
+    "GradVac-max_growth-nan": (
+        lambda: gs.GradVac(max_growth=float("nan")),
+        "`max_growth` must be at least 1. Found max_growth=nan",
+    ),
+    "GradVac-one-name": (
+        lambda: gs.GradVac(tasks="de"),
+        r"`tasks` must be several names. Found the string 'de'; write \('de',\)",
+    ),
+    "GradVac-no-tasks": (lambda: gs.GradVac(tasks=[]), r"`tasks` must be distinct names, at least one.*Found \(\)"),
+    "GradVac-twice-the-same": (
+        lambda: gs.GradVac(tasks=["de", "de"]),
+        r"`tasks` must be distinct names.*Found \('de', 'de'\)",
+    ),
+    "MGDA-tolerance-0": (lambda: gs.MGDA(tolerance=0), "`tolerance` must be positive. Found tolerance=0"),
+    "MGDA-tolerance-nan": (lambda: gs.MGDA(tolerance=float("nan")), "`tolerance` must be positive. Found tolerance=nan"),
+    "MGDA-iterations": (lambda: gs.MGDA(iterations=0), "`iterations` must be at least 1. Found iterations=0"),
+    "Chain-of-none": (lambda: gs.Chain(), "`Chain` needs at least one rule. Found none"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), OUT_OF_RANGE.values(), ids=OUT_OF_RANGE)
 def test_settings_out_of_range_are_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make()

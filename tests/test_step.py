@@ -482,3 +482,14 @@ def test_two_passes_when_tasks_come_and_go():
 def test_a_vectorised_pass_cannot_tell_whose_gradient_is_not_finite(nonfinite):
     with pytest.raises(ValueError, match=f"nonfinite='{nonfinite}' needs source='autograd'"):
         wrap(Heads(), gs.Sum(), nonfinite=nonfinite, source="batched")
+
+
+def test_gradients_at_right_angles_are_no_conflict():
+    x = nn.Parameter(torch.ones(3))
+    opt = gs.SurgeryOptimizer(torch.optim.SGD([x], lr=0.1), gs.PCGrad())
+    opt.backward({"a": x[0], "b": x[1], "c": x[2] - x[0]})
+    opt.step()
+    figures = opt.last.figures()
+    assert figures["surgery/conflict/model"] == pytest.approx(2 / 6)
+    assert figures["surgery/operated/model"] == pytest.approx(2 / 6)
+    assert figures["surgery/cosine/model"] == pytest.approx(-(2**-0.5) / 3)

@@ -97,6 +97,15 @@ def test_dwa(temperature, epoch):
     np.testing.assert_allclose(found, dwa(losses.numpy(), temperature, epoch), rtol=1e-12)
 
 
+@pytest.mark.parametrize(("steps", "ratios"), [(5, (4 / 3, 2 / 8)), (4, (3 / 2, 1.0))])
+def test_dwa_of_a_task_that_joins_late(steps, ratios):
+    rule, state = gs.DWA(), gs.DWA().init(["a", "b"], ["model"])
+    losses = torch.tensor([[1.0, 0], [2, 0], [3, 8], [4, 2], [5, 6]], dtype=torch.float64)
+    for step, row in enumerate(losses[:steps]):
+        weights, state = rule.weigh(row, state, active=torch.tensor([True, step >= 2]))
+    torch.testing.assert_close(weights, 2 * torch.softmax(torch.tensor(ratios, dtype=torch.float64) / 2, 0))
+
+
 def test_rlw_normal_is_the_softmax_of_normal_numbers():
     losses = random_losses()
     found, _ = run(gs.RLW(), losses, generator=torch.Generator().manual_seed(5))
