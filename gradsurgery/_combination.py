@@ -67,7 +67,6 @@ class Combination:
         self._present = present
         self._ranks = ranks
         self._coordinates = None if coordinates is None else Coordinates(coordinates, tasks, generator, scale)
-        self._draws = coordinates is not None and coordinates.random
         self.measured = coordinates is None or implements(rule, "mix") or implements(rule, "observe")
         self._undoable = undoable
         self._summed = False  # whether the losses are those of all ranks
@@ -197,8 +196,8 @@ class Combination:
         losses = self._losses.masked_fill(~self._present, torch.nan)
         if self._random:
             self._generator.set_state(self._random[-1])
-        if self._draws:  # so that the next step's random numbers are others
-            torch.rand((), generator=self._generator, device=self._generator.device)
+        if self._coordinates is not None:
+            self._coordinates.advance()
         cells = [(depth, cell.group, cell.name) for depth, level, _, _ in self._done for cell in level.cells]
         order = sorted(range(len(cells)), key=lambda i: cells[i][:2])
         count = len(self._tasks)

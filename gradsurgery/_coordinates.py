@@ -108,6 +108,7 @@ class Coordinates:
     ) -> None:
         self._rule = rule
         self._tasks = tasks
+        self._generator = generator
         self._scale = None if rule.scale_equivariant else scale
         self._key = b"" if generator is None or not rule.random else _digest(generator.get_state().numpy().tobytes())
 
@@ -137,6 +138,11 @@ class Coordinates:
             return result if self._scale is None else result * self._scale.to(result)
 
         return rows.reduce(combine, self._noise(p, rows))
+
+    def advance(self) -> None:
+        """The step is over: the random numbers of the next one are others."""
+        if self._rule.random and self._generator is not None:
+            torch.rand((), generator=self._generator, device=self._generator.device)
 
     def _noise(self, p: int, rows: Rows) -> Tensor | None:
         if not self._rule.random:

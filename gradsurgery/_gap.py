@@ -16,6 +16,7 @@ from functools import partial
 from itertools import chain
 from multiprocessing import get_context
 from numbers import Real
+from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -84,8 +85,8 @@ class GapResult:
     def __str__(self) -> str:
         low, high = self.interval
         return (
-            f"NTG {self.gap:+.4g} [{low:+.4g}, {high:+.4g}] ({self.confidence:.0%}, {len(self.seeds)} seeds), sign test "
-            f"p = {self.p_value:.2g}; negative transfer: {self.verdict}"
+            f"NTG {self.gap:+.4g} [{low:+.4g}, {high:+.4g}] ({100 * self.confidence:g}%, {len(self.seeds)} seeds), "
+            f"sign test p = {self.p_value:.2g}; negative transfer: {self.verdict}"
         )
 
 
@@ -107,7 +108,9 @@ class GapCurve:
             low, high = result.interval
             risks = (f"{np.mean(risks):.4g}" for risks in (result.with_source, result.target_only))
             interval = f"[{low:+.4g}, {high:+.4g}]"
-            rows.append([f"{epsilon:g}", *risks, f"{result.gap:+.4g}", interval, f"{result.p_value:.2g}", result.verdict])
+            rows.append(
+                [f"{epsilon:.12g}", *risks, f"{result.gap:+.4g}", interval, f"{result.p_value:.2g}", result.verdict]
+            )
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
@@ -183,8 +186,8 @@ class NegativeTransferGap:
         confidence: of the intervals.
         cache: a folder in which every finished run is kept, for a measurement that is interrupted, or repeated with more
             seeds. The name of a run's file is the SHA-256 of the pickled algorithm (its module and name, and its arguments
-            if it is a ``functools.partial``), the source text of its function, the pickled source and target, and the seed.
-            What the function calls is not in it: change that, and choose another folder.
+            if it is a ``functools.partial``), the source text of its function or class, the pickled source and target, and
+            the seed. What the function calls is not in it: change that, and choose another folder.
 
     Raises:
         ValueError: for settings outside these ranges.
@@ -221,9 +224,10 @@ class NegativeTransferGap:
         if not callable(algorithm):
             raise ValueError(f"`algorithm` must be a function (source, target, seed) -> risk. Found {algorithm!r}.")
         self.algorithm = algorithm
-        self.seeds = tuple(seeds)
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"`seeds` must be distinct, at least one. Found {self.seeds!r}.")
+        given = tuple(seeds)
+        if not given or len(set(given)) < len(given) or not all(hasattr(seed, "__index__") for seed in given):
+            raise ValueError(f"`seeds` must be distinct whole numbers, at least one. Found {given!r}.")
+        self.seeds = tuple(map(index, given))
         if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1:
             raise ValueError(f"`jobs` must be a number of processes, at least 1. Found jobs={jobs!r}.")
         if not 0 < confidence < 1:
@@ -241,7 +245,7 @@ class NegativeTransferGap:
                 be pickled.
             RuntimeError: if the algorithm fails.
         """
-        return self._measure({"the source": source}, target)[0]
+        return self._measure([("the source", source)], target)[0]
 
     def sweep(self, sources: Mapping[float, Any], target: Any) -> GapCurve:
         """The gaps of several sources; the runs without a source are shared.
@@ -256,14 +260,14 @@ class NegativeTransferGap:
         if not sources:
             raise ValueError("`sources` must map numbers to sources, at least one. Found none.")
         epsilons = sorted(sources)
-        found = self._measure({f"the source at {epsilon:g}": sources[epsilon] for epsilon in epsilons}, target)
+        found = self._measure([(f"the source at {epsilon}", sources[epsilon]) for epsilon in epsilons], target)
         return GapCurve(tuple(map(float, epsilons)), tuple(found))
 
-    def _measure(self, sources: Mapping[str, Any], target: Any) -> list[GapResult]:
-        if empty := [name for name, source in sources.items() if source is None]:
+    def _measure(self, sources: Sequence[tuple[str, Any]], target: Any) -> list[GapResult]:
+        if empty := [name for name, source in sources if source is None]:
             raise ValueError(f"{empty[0]} is None, which stands for no source at all.")
-        named = {"no source": None, **sources}
-        runs = [_Run(name, source, target, seed) for name, source in named.items() for seed in self.seeds]
+        named = [("no source", None), *sources]
+        runs = [_Run(name, source, target, seed) for name, source in named for seed in self.seeds]
         risks = self._risks(runs)
         count = len(self.seeds)
         alone, *others = (tuple(risks[i : i + count]) for i in range(0, len(risks), count))
@@ -314,6 +318,8 @@ class NegativeTransferGap:
         function: Any = self.algorithm
         while isinstance(function, partial):
             function = function.func
+        if not inspect.isroutine(function) and not inspect.isclass(function):  # an object with a method __call__
+            function = type(function)
         try:
             text = inspect.getsource(function)
         except (OSError, TypeError):

@@ -143,13 +143,15 @@ class DiscriminatorGate(nn.Module):
         self.clamp = float(clamp)
         self.normalise = normalise
         self.tasks = names
-        self.discriminator = discriminator or nn.Sequential(
-            nn.Linear(features + classes + 1, hidden),
-            nn.ReLU(),
-            nn.Linear(hidden, hidden),
-            nn.ReLU(),
-            nn.Linear(hidden, 1),
-        )
+        if discriminator is None:
+            discriminator = nn.Sequential(
+                nn.Linear(features + classes + 1, hidden),
+                nn.ReLU(),
+                nn.Linear(hidden, hidden),
+                nn.ReLU(),
+                nn.Linear(hidden, 1),
+            )
+        self.discriminator = discriminator
         self.last: GateRecord | None = None
         self.task_ratio: Tensor
         self.task_logit: Tensor
@@ -200,7 +202,7 @@ class DiscriminatorGate(nn.Module):
         """All of ``L_D``: of the discriminator, and of the features in the terms that ``terms`` names.
 
         The sum of :meth:`adversary_loss` and :meth:`discriminator_loss`, in one forward pass. Terms that have no target
-        samples in this batch are left out, with their source side.
+        samples in this batch, None or an empty tensor, are left out, with their source side.
 
         Args:
             source: features ``[B, d]`` and labels ``[B]`` of source samples.
@@ -208,7 +210,7 @@ class DiscriminatorGate(nn.Module):
             unlabelled: features ``[B, d]`` of target samples, for the marginal terms. Labelled ones may be among them.
 
         Raises:
-            ValueError: without any target samples, and for other shapes.
+            ValueError: without any target samples or source samples, and for other shapes.
         """
         return self._loss({"joint", "marginal"}, "loss", source, target, unlabelled)
 
@@ -221,7 +223,8 @@ class DiscriminatorGate(nn.Module):
             source, target, unlabelled: as for :meth:`loss`.
 
         Raises:
-            ValueError: with ``terms="none"``; without target samples for any of the terms; and for other shapes.
+            ValueError: with ``terms="none"``; without target samples for any of the terms, or source samples; and for other
+                shapes.
         """
         return self._loss(self._matched, "adversary_loss", source, target, unlabelled)
 
@@ -234,8 +237,8 @@ class DiscriminatorGate(nn.Module):
             source, target, unlabelled: as for :meth:`loss`.
 
         Raises:
-            ValueError: with ``terms="both"``, which leaves nothing; without target samples for any of the terms; and for
-                other shapes.
+            ValueError: with ``terms="both"``, which leaves nothing; without target samples for any of the terms, or source
+                samples; and for other shapes.
         """
         return self._loss({"joint", "marginal"} - self._matched, "discriminator_loss", source, target, unlabelled)
 
@@ -260,9 +263,11 @@ class DiscriminatorGate(nn.Module):
                         f"`{name}` must be a pair of features [B, d] and labels [B]. Found {type(pair).__name__}."
                     )
                 self._check(name, *pair, needs_labels=name != "unlabelled")
+        if not len(source[0]):
+            raise ValueError(f"{who}() needs source samples: leave it out of a step without any. Found an empty `source`.")
         parts: list[tuple[Tensor, Tensor | None, bool]] = []  # features, labels, whether of the target
         for term, there in (("marginal", given["unlabelled"]), ("joint", given["target"])):
-            if term in asked and there is not None:
+            if term in asked and there is not None and len(there[0]):
                 for (features, labels), of_target in ((source, False), (there, True)):
                     features = features if term in self._matched else features.detach()
                     parts.append((features, labels if term == "joint" else None, of_target))
@@ -282,7 +287,7 @@ class DiscriminatorGate(nn.Module):
     def see(self, features: Tensor, labels: Tensor | None, task_ids: TaskIds) -> None:
         """Notes how much the samples of each task resemble the target, for the rule :class:`TaskGate`.
 
-        Tasks without samples in the batch keep what was noted of them.
+        Tasks without samples in the batch keep what was noted of them, and so do those whose logits are not all finite.
 
         Args:
             features: ``[B, d]``.
@@ -296,11 +301,14 @@ class DiscriminatorGate(nn.Module):
             raise ValueError("see() needs to know the tasks: make the gate with tasks=[...], their names or number.")
         logits = self._clamped(features, labels)
         index = self._task_index(task_ids, logits)
-        count = torch.zeros_like(self.task_ratio).index_add(0, index, torch.ones_like(logits).to(self.task_ratio))
-        self.task_seen |= count > 0
-        for noted, values in ((self.task_ratio, logits.exp()), (self.task_logit, logits)):
-            mean = torch.zeros_like(noted).index_add(0, index, values.to(noted)) / count.clamp_min(1)
-            noted.copy_(torch.where(count > 0, mean, noted))
+        # In the precision of the logits: in bfloat16, ones add up to 256 at most.
+        zeros = logits.new_zeros(len(self.tasks))
+        count = zeros.index_add(0, index, torch.ones_like(logits))
+        ratio, logit = (zeros.index_add(0, index, values) / count for values in (logits.exp(), logits))
+        known = logit.isfinite()  # nan without samples
+        self.task_ratio.copy_(torch.where(known, ratio, self.task_ratio))
+        self.task_logit.copy_(torch.where(known, logit, self.task_logit))
+        self.task_seen |= known
 
     def _task_index(self, task_ids: TaskIds, like: Tensor) -> Tensor:
         on_device = isinstance(task_ids, Tensor) and task_ids.device.type != "cpu"

@@ -10,6 +10,7 @@ from torch import Tensor
 from ._buffer import Rows, gram
 from ._coordinates import AnyRule, Coordinates, parts
 from ._rule import State, implements
+from ._step import Step
 
 
 @overload
@@ -38,7 +39,7 @@ def operate(
     Args:
         jacobian: ``[K, D]``, one task's gradient per row.
         rule: the rule.
-        losses: ``[K]``, the tasks' losses, which rules that weigh them need.
+        losses: ``[K]``, the tasks' losses, which rules that weigh them need, and ``Transference`` divides by.
         state: what the rule remembers. Without it the rule starts afresh; with it, the new state is returned too. The first
             is ``{}``; a stateful rule then makes its own for tasks ``"0"``, ``"1"``, … and one surgery group.
         generator: for random rules; None draws from PyTorch's global generator.
@@ -88,5 +89,12 @@ def operate(
             combined = rows.combine(mixing[0].sum(0) * weights)
         else:
             mixed = weighs or implements(own, "mix")
-            combined = Coordinates(last, names, generator)(0, rows, mixing[0] * weights if mixed else None)
+            coordinates = Coordinates(last, names, generator)
+            combined = coordinates(0, rows, mixing[0] * weights if mixed else None)
+            coordinates.advance()
+        if implements(own, "observe"):
+            active = torch.ones_like(mixing[:, 0], dtype=torch.bool)
+            seen = weights * torch.nan if losses is None else losses.detach().to(weights)
+            step = Step(tuple(names), ("all",), active, matrix, mixing, seen, weights if weighs else None)
+            new = own.observe(step, new)
     return combined if state is None else (combined, new)

@@ -87,7 +87,7 @@ def report(
             "The recording has no surgery groups: no parameter was shared by two tasks, or the optimizer has measure=False."
         )
     for name, times in (seconds or {}).items():
-        if not times:
+        if not len(times):  # which may be an array
             raise ValueError(f"`seconds[{name!r}]` must be the times of steps. Found none.")
     cosines, operated, steps = recording.cosines, recording.operated, recording.steps
     measured = np.isfinite(cosines)

@@ -39,12 +39,18 @@ class Reuse:
         return not self.every or (len(self.weights) > 0 and self.steps % self.every != 0)
 
     def learn(self, step: Step, gradients: TaskGradients, shared: Sequence[int]) -> None:
-        """Takes over the weights that a step with surgery found."""
+        """Takes over the weights that a step with surgery found.
+
+        One that is not finite, which a ``GradScaler`` skips, finds none: those from before stay, or there is the plain sum.
+        """
         if self.every > 1:
-            self.weights = nearest_weights(step)
-            self.own = torch.ones_like(self.weights)
+            weights, own = nearest_weights(step), torch.ones_like(step.losses)
             if step.loss_weights is not None:
-                self.own, self.weights = step.loss_weights, self.weights * step.loss_weights
+                own, weights = step.loss_weights, weights * step.loss_weights
+            fine = step.gram.isfinite().all() & weights.isfinite().all() & own.isfinite().all()
+            known = len(self.weights) > 0
+            self.weights = torch.where(fine, weights, self.weights if known else 1.0)
+            self.own = torch.where(fine, own, self.own if known else 1.0)
             self.shared = frozenset(gradients.names[p] for p in shared)
 
     def gradients(

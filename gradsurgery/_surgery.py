@@ -133,8 +133,10 @@ class Surgery:
         """Makes the tasks' names known, and the rule's state for them.
 
         Raises:
-            ValueError: for repeated names, and without any.
+            ValueError: for a string, for repeated names, and without any.
         """
+        if isinstance(tasks, str):
+            raise ValueError(f"`tasks` must be several names, or their number. Found the string {tasks!r}.")
         names = tuple(tasks)
         if twice := sorted({repr(name) for name in names if names.count(name) > 1}):
             raise ValueError(f"`tasks` must be distinct. Found {', '.join(twice)} more than once.")

@@ -180,9 +180,10 @@ def _heatmap(
         for (i, j), value in np.ndenumerate(values):
             if np.isfinite(value):
                 colour = "white" if abs(value) > 0.65 * limit else "black"
-                ax.text(
-                    j, i, form.format(value).replace("-0.00", "0.00"), ha="center", va="center", fontsize=8, color=colour
-                )
+                text = form.format(value)
+                if float(text) == 0:
+                    text = text.removeprefix("-")
+                ax.text(j, i, text, ha="center", va="center", fontsize=8, color=colour)
     return ax
 
 

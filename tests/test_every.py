@@ -160,6 +160,33 @@ def test_nearest_weights_of_several_groups():
     torch.testing.assert_close(nearest_weights(equal), columns[0])
 
 
+@pytest.mark.parametrize("rule", [gs.PCGrad(), gs.Chain(gs.GLS(), gs.MGDA())], ids=repr)
+@pytest.mark.parametrize("first", [True, False])
+def test_what_a_skipped_step_found_is_not_reused(rule, first):
+    model = Bent().double()
+    opt = wrap(model, rule, every=3)
+    named, weights = dict(model.named_parameters()), torch.ones(3, dtype=torch.float64)
+    if not first:
+        for _ in range(3):
+            opt.backward(model.losses(batch().double()))
+            opt.step()
+            opt.zero_grad()
+        weights = opt.last.weights[0] * (1 if opt.last.loss_weights is None else opt.last.loss_weights)
+    losses = model.losses(batch().double())
+    opt.backward({task: loss * (torch.inf if task == "b" else 1.0) for task, loss in losses.items()})
+    opt.combine()
+    assert not model.layers[0].weight.grad.isfinite().all()  # which a GradScaler looks for
+    opt.zero_grad()
+    for number in range(2):
+        losses = model.losses(batch(number).double())
+        gradients = task_gradients(losses, named)
+        opt.backward(losses)
+        opt.combine()
+        expected = sum(w * gradients[task]["layers.0.weight"] for w, task in zip(weights, opt.tasks, strict=True))
+        torch.testing.assert_close(model.layers[0].weight.grad, expected)
+        opt.zero_grad()
+
+
 def test_errors():
     model = Bent()
     for every in (0, -1, 1.5, True):

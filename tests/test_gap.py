@@ -54,6 +54,7 @@ def test_cases_worked_by_hand():
 
 
 def test_a_result_prints_as_a_sentence():
+    assert "(99.5%, 2 seeds)" in str(gs.GapResult((0, 1), (1.0, 2.0), (0.0, 0.0), 0.995))
     text = str(result([1.0, 2.0, 3.0]))
     assert text == "NTG +2 [-0.4841, +4.484] (95%, 3 seeds), sign test p = 0.25; negative transfer: undecided at 3 seeds"
 
@@ -95,10 +96,19 @@ def test_a_sweep_runs_the_target_alone_once():
     assert lines[2].endswith("yes")
 
 
+def test_sources_that_are_close_are_several():
+    curve = gs.NegativeTransferGap(Recording(), seeds=range(2)).sweep({1_000_000: 1.0, 1_000_001: 2.0}, None)
+    assert [each.gap for each in curve.results] == [1.0, 2.0]
+    assert [line.split()[0] for line in str(curve).splitlines()[1:]] == ["1000000", "1000001"]
+
+
 def test_curves_are_saved_and_loaded(tmp_path):
     curve = gs.NegativeTransferGap(Recording(), seeds=range(3)).sweep({0.1: 1 / 3, 1.0: 0.0}, None)
     curve.save(tmp_path / "curve.json")
     assert gs.GapCurve.load(tmp_path / "curve.json") == curve
+    seeds = gs.NegativeTransferGap(Recording(), seeds=np.arange(3)).sweep({0.1: 1 / 3, 1.0: 0.0}, None)
+    seeds.save(tmp_path / "seeds.json")  # integers of NumPy are no JSON
+    assert gs.GapCurve.load(tmp_path / "seeds.json") == curve
     (tmp_path / "other.json").write_text("[]")
     with pytest.raises(ValueError, match=r"no file that GapCurve\.save wrote"):
         gs.GapCurve.load(tmp_path / "other.json")
@@ -148,7 +158,8 @@ def test_an_algorithm_that_fails_is_named():
     ("given", "message"),
     [
         ({"algorithm": 3}, "must be a function"),
-        ({"seeds": []}, "`seeds` must be distinct, at least one"),
+        ({"seeds": []}, "`seeds` must be distinct whole numbers, at least one"),
+        ({"seeds": [0, 0.5]}, r"whole numbers, at least one\. Found \(0, 0\.5\)"),
         ({"seeds": [1, 1]}, "`seeds`"),
         ({"jobs": 0}, "`jobs`"),
         ({"confidence": 1.0}, "`confidence`"),
@@ -184,6 +195,10 @@ def algorithm(source, target, seed):
     if source == "fails" and seed == 1:
         raise OSError("no data")
     return seed + (1.5 if source else 1.0)
+
+class Algorithm:
+    def __call__(self, source, target, seed):
+        return seed + (1.5 if source else 1.0)
 """
 
 
@@ -272,10 +287,13 @@ def test_keys_are_of_data_code_and_arguments(light, tmp_path):
     ]
     assert len(set(found)) == 6
     assert key(module.algorithm, copied, folder) == found[0]
+    called = key(module.Algorithm(), data, folder)
     source = (tmp_path / "light.py").read_text().replace("1.5", "2.5")
     (tmp_path / "light.py").write_text(source)
     import importlib
     import linecache
 
     linecache.checkcache()
-    assert key(importlib.reload(module).algorithm, data, folder) != found[0]
+    changed_module = importlib.reload(module)
+    assert key(changed_module.algorithm, data, folder) != found[0]
+    assert key(changed_module.Algorithm(), data, folder) != called  # the text of an object's class

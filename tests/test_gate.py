@@ -212,6 +212,24 @@ def test_the_extremes_have_one_part():
         gate(terms="none").adversary_loss(**given)
 
 
+def test_target_samples_that_are_none_or_no_more_than_an_empty_tensor():
+    source, (f, y) = samples(6, 1), samples(4, 2)
+    module = gate()
+    found = module.loss(source=source, target=(f[:0], y[:0]), unlabelled=f)
+    torch.testing.assert_close(found, module.loss(source=source, unlabelled=f))
+    found = module.loss(source=source, target=(f, y), unlabelled=f[:0])
+    torch.testing.assert_close(found, module.loss(source=source, target=(f, y)))
+
+
+def test_a_discriminator_of_ones_own_may_have_a_length():
+    class Counted(Given):
+        def __len__(self):
+            return 0
+
+    own = Counted()
+    assert gs.DiscriminatorGate(FEATURES, CLASSES, discriminator=own).discriminator is own
+
+
 def test_confident_discriminators_have_finite_losses():
     module = gs.DiscriminatorGate(FEATURES, CLASSES, discriminator=Given())
     far = F.pad(torch.tensor([[800.0], [-800.0]]), (0, FEATURES - 1)).requires_grad_()
@@ -253,6 +271,8 @@ def test_wrong_arguments_are_named():
         (lambda: module(f, y + 1), "labels must be 0 to 2"),
         (lambda: module.loss(source=(f, y)), "needs target samples, `target` or `unlabelled`"),
         (lambda: gate(terms="joint").adversary_loss(source=(f, y), unlabelled=f), "needs target samples, `target`, with"),
+        (lambda: module.loss(source=(f, y), target=(f[:0], y[:0])), "needs target samples, `target` or `unlabelled`"),
+        (lambda: module.loss(source=(f[:0], y[:0]), unlabelled=f), r"loss\(\) needs source samples: .* an empty `source`"),
         (lambda: module.loss(source=f, unlabelled=f), "`source` must be a pair"),
         (lambda: module.loss(source=(f, None), unlabelled=f), "`source` must hold labels"),
         (lambda: module.loss(source=(f, y), target=(f, None)), "samples without labels are `unlabelled`"),
@@ -280,6 +300,30 @@ def test_see_notes_mean_odds_and_leaves_absent_tasks(ids):
         logits = module(features[mine], labels[mine]).clamp_max(math.log(20))
         expected = [logits.exp().mean(), logits.mean()] if mine else [values[k] for values in before]
         torch.testing.assert_close(torch.stack([module.task_ratio[k], module.task_logit[k]]), torch.stack(expected))
+
+
+def test_see_counts_exactly_in_half_precision():
+    module = gs.DiscriminatorGate(FEATURES, CLASSES, discriminator=Given(), tasks=2)
+    features = F.pad(torch.linspace(-3, 2, 3000)[:, None], (0, FEATURES - 1)).bfloat16()
+    ids = torch.arange(3000) % 3 // 2
+    module.see(features, None, ids)
+    expected = module.task_ratio.clone(), module.task_logit.clone()
+    module.bfloat16().see(features, None, ids)
+    torch.testing.assert_close((module.task_ratio.float(), module.task_logit.float()), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_see_leaves_out_what_is_not_finite():
+    module = seen_gate(["a", "b", "c"])
+    before = copy.deepcopy(module.state_dict())
+    features, labels = samples(4)
+    features[3] = math.nan
+    module.see(features, labels, ["a", "a", "b", "b"])
+    assert module.task_ratio[0] != before["task_ratio"][0]
+    assert torch.equal(module.task_ratio[1:], before["task_ratio"][1:])
+    assert torch.equal(module.task_logit[1:], before["task_logit"][1:])
+    fresh = gate(tasks=["a", "b"])
+    fresh.see(features, labels, ["a", "a", "b", "b"])
+    assert fresh.task_seen.tolist() == [True, False]
 
 
 @pytest.mark.parametrize("mean", ["arithmetic", "geometric"])

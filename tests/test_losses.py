@@ -34,7 +34,7 @@ def test_a_mapping():
 @pytest.mark.parametrize("form", [list, tuple])
 def test_a_sequence_follows_the_order_of_the_tasks(form):
     model, x = Heads(), batch()
-    opt = wrap(model, gs.MGDA(), tasks="cab")
+    opt = wrap(model, gs.MGDA(), tasks=list("cab"))
     losses = model.losses(x)
     opt.backward(form([losses["c"], losses["a"], losses["b"]]))
     opt.combine()
@@ -295,6 +295,7 @@ def test_losses_that_do_not_fit_the_tasks(what, given):
         (["a", "b", "a"], r"`tasks` must be distinct. Found 'a' more than once"),
         ([], r"`tasks` must be names, at least one. Found \(\)"),
         ([0, 1], r"`tasks` must be names, at least one. Found \(0, 1\)"),
+        ("ab", r"`tasks` must be several names, or their number. Found the string 'ab'"),
     ],
 )
 def test_bad_tasks(tasks, message):

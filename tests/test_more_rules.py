@@ -387,7 +387,7 @@ def test_gradnorm_is_algorithm_1():
 
 def test_gradnorm_leaves_an_absent_tasks_weight_alone():
     model = torch.nn.Linear(3, 1)
-    opt = gs.SurgeryOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), gs.GradNorm(), model=model, tasks="abc")
+    opt = gs.SurgeryOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), gs.GradNorm(), model=model, tasks=list("abc"))
     x = torch.ones(2, 3)
     for present in ("abc", "ab", "c", "abc"):
         before = None if opt.rule_state is None else opt.rule_state["weight"].clone()

@@ -100,3 +100,9 @@ def test_transference_is_drawn():
     assert [tick.get_text() for tick in ax.get_yticklabels()] == ["c", "a"]
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("target", "source")
     assert [text.get_text() for text in ax.texts] == ["-2"]
+
+
+def test_small_harm_keeps_its_sign():
+    total = np.array([[[0.0, -0.0012], [0.0034, 0.0]]])
+    matrix = gs.TransferMatrix(("a", "b"), ("model",), total, total, np.ones((1, 2, 2)))
+    assert [text.get_text() for text in gs.plots.transference(matrix).texts] == ["-0.0012", "+0.0034"]

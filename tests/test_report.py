@@ -92,6 +92,13 @@ def test_no_times_are_an_error(recorder, tmp_path):
         gs.report(recorder, tmp_path / "page.html", seconds={"plain": []})
 
 
+def test_times_may_be_arrays(recorder, tmp_path):
+    times = {"PCGrad": [0.3, 0.5, 0.4], "plain": [0.2, 0.2]}
+    listed = gs.report(recorder, tmp_path / "list.html", seconds=times).read_text()
+    arrays = gs.report(recorder, tmp_path / "array.html", seconds={name: np.array(each) for name, each in times.items()})
+    assert arrays.read_text() == listed
+
+
 def test_without_matplotlib_it_says_what_to_install(recorder, tmp_path, monkeypatch):
     real = builtins.__import__
 

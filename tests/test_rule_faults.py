@@ -426,6 +426,24 @@ def test_a_saved_state_continues_bit_for_bit():
     assert torch.equal(state["1"]["target"], restored["1"]["target"])
 
 
+def test_operate_lets_rules_observe():
+    rule, state, step = gs.Adversary("1", steps=4), {}, 0
+    rows = random_rows(2, 6)
+    for step in range(6):
+        combined, state = gs.operate(rows, rule, state=state)
+        strength = 2 / (1 + np.exp(-10 * min(step / 4, 1))) - 1
+        torch.testing.assert_close(combined, rows[0] - strength * rows[1])
+    losses, state = torch.tensor([2.0, 0.5], dtype=torch.float64), {}
+    for _ in range(3):
+        _, state = gs.operate(rows, gs.Transference(lr=0.1), losses=losses, state=state)
+    torch.testing.assert_close(state["total"][0], 3 * 0.1 * rows @ rows.T / losses)
+    _, without = gs.operate(rows, gs.Chain(gs.Transference(), gs.PCGrad()), state={})  # there is nothing to divide by
+    assert not without["0"]["steps"].any()
+    _, learned = gs.operate(rows, gs.GradNorm(), losses=losses, state={})
+    assert torch.equal(learned["initial"], losses)
+    assert not torch.equal(learned["weight"], torch.ones(2, dtype=torch.float64))
+
+
 @every_rule
 def test_operate_leaves_its_arguments_alone(rule):
     jacobian = random_rows(3, 6).requires_grad_()

@@ -54,10 +54,9 @@ class GradNorm(Rule):
         Multitask Networks*, ICML 2018 (arXiv:1711.02257), Equations 1 and 2, Algorithm 1.
 
     Note:
-        The weights multiply the losses, so that heads are weighted too, as in the paper; ``gradsurgery.operate``, which
-        sees no losses, leaves gradients as they are. Norms are over all parameters that two tasks or more reach, rather
-        than the last shared layer only. The paper lets a weight become negative; ours stop at ``smallest``. Absent tasks
-        keep their weight, and the others' add up to what they had. Losses should be positive.
+        The weights multiply the losses, so that heads are weighted too, as in the paper. Norms are over all parameters that
+        two tasks or more reach, rather than the last shared layer only. The paper lets a weight become negative; ours stop
+        at ``smallest``. Absent tasks keep their weight, and the others' add up to what they had. Losses should be positive.
     """
 
     alpha: float = 1.5
