@@ -17,7 +17,19 @@ Where parameters are sharded already, ``shards`` leaves the rows where they are,
 
 from .alone import Meeting, Outlook, Ranks
 from .find import ProcessGroup, ranks_of, source_for, take_over
+from .lockstep import Lockstep
 from .replicas import Replicas
 from .wire import Lost
 
-__all__ = ["Lost", "Meeting", "Outlook", "ProcessGroup", "Ranks", "Replicas", "ranks_of", "source_for", "take_over"]
+__all__ = [
+    "Lockstep",
+    "Lost",
+    "Meeting",
+    "Outlook",
+    "ProcessGroup",
+    "Ranks",
+    "Replicas",
+    "ranks_of",
+    "source_for",
+    "take_over",
+]

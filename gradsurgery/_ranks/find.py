@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .._groups import unwrap
 from ..sources import Autograd, Source
 from ..sources._backward import Backward
 from .alone import Ranks
@@ -40,7 +41,7 @@ def ranks_of(
 
         world = dist.group.WORLD if group is None or group is True else group
         assert world is not None
-        return Shards(world, fsdp=_fsdp(model), check=check)
+        return Shards(world, model=unwrap(model), fsdp=_fsdp(model), check=check)
     wrapper = _wrapper(model)
     if wrapper is not None:
         if group is False:

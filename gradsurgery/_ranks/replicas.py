@@ -320,19 +320,18 @@ class Replicas(Ranks):
         left = [p for p, rows in enumerate(self._surgery.gradients.rows) if rows.tasks]
         if error is None and (left or self._surprise):
             name = self._surprise or self._surgery.gradients.names[left[0]]
-            error = RuntimeError(
-                f"The gradients of {name!r} in this single pass are of other tasks, or of another layout, than had been "
-                "known ahead, as it was in the steps before, and told to the other ranks. Make the optimizers of all ranks "
-                "with stream=False."
-            )
+            error = unforeseen(name, "Make the optimizers of all ranks with stream=False.")
+        self._raise_together(error)
+
+    def _raise_together(self, error: Exception | None) -> None:
         if any(failed for (failed,) in self._wire.gather_numbers([error is not None])):
             texts = self._wire.gather_objects(None if error is None else f"{type(error).__name__}: {error}")
             if error is not None:
                 raise error
             rank, text = next((r, text) for r, text in zip(self._wire.names, texts, strict=True) if text is not None)
             raise RuntimeError(
-                f"Rank {rank} failed in the backward pass of this step, in which surgery happens too. Gradients and state "
-                f"are what they were before it, on all ranks. Its error: {text}"
+                f"Rank {rank} failed in the backward pass of this step, in which rows travel. Gradients and state are what "
+                f"they were before it, on all ranks. Its error: {text}"
             )
 
     def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -367,3 +366,11 @@ class Replicas(Ranks):
                 "loss scale": leaves({"scale": surgery.scale}),
             }
         )
+
+
+def unforeseen(name: str, remedy: str) -> RuntimeError:
+    """The error for rows that are not those that had been told to the other ranks."""
+    return RuntimeError(
+        f"The gradients of {name!r} in this single pass are of other tasks, or of another layout, than had been known "
+        f"ahead of it, and told to the other ranks. {remedy}"
+    )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -24,8 +25,7 @@ class Backward:
         self, roots: Sequence[Root], parameters: Sequence[Tensor], rows: Sequence[Rows], *, retain_graph: bool
     ) -> None:
         roots = sorted(roots, key=lambda root: root.task)
-        before = [parameter.grad for parameter in parameters]
-        try:
+        with plainly(parameters):
             for i, root in enumerate(roots):
                 for parameter in parameters:
                     parameter.grad = None
@@ -40,6 +40,16 @@ class Backward:
                 for row, gradient in zip(rows, found, strict=True):
                     if gradient is not None:
                         row.add(root.task, gradient)
-        finally:
-            for parameter, gradient in zip(parameters, before, strict=True):
-                parameter.grad = gradient
+
+
+@contextmanager
+def plainly(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Begins without ``p.grad``, and leaves it as it was."""
+    before = [parameter.grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, gradient in zip(parameters, before, strict=True):
+            parameter.grad = gradient

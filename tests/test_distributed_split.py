@@ -1,0 +1,144 @@
+"""Mixed batches under FSDP2: the single pass on several processes that share the parameters, against one on all samples."""
+
+import pytest
+import torch
+from test_distributed import CLOSE, compare
+from test_distributed_shards import whole
+from test_stream import TASKS, Everything
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
+from torch.utils.checkpoint import checkpoint
+
+import gradsurgery as gs
+
+pytestmark = pytest.mark.distributed
+
+STEPS = 4
+
+
+class Blocks(nn.Module):
+    """Symbols and a learned place go through blocks, and each task has a head."""
+
+    def __init__(self, checkpointed=False):
+        super().__init__()
+        self.embed = nn.Embedding(9, 5)
+        self.place = nn.Parameter(torch.randn(3, 5))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(5), nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 5), nn.Tanh()) for _ in "abc"
+        )
+        self.heads = nn.ModuleList(nn.Linear(5, 2) for _ in TASKS)
+        self.checkpointed = checkpointed
+
+    def forward(self, tokens, ids):
+        x = self.embed(tokens % 9) + self.place
+        for block in self.blocks:
+            x = x + (checkpoint(block, x, use_reentrant=False) if self.checkpointed else block(x))
+        x = x.mean(1)
+        order = ids.argsort(stable=True).argsort()
+        return torch.cat([head(x[ids == k]) for k, head in enumerate(self.heads)])[order]
+
+
+def shard_blocks(model, **settings):
+    for block in model.blocks:
+        fully_shard(block, **settings)
+    fully_shard(model, **settings)
+
+
+def shard_everything(model):
+    """With a layer that keeps its parameters, and one that is divided along another dimension."""
+    fully_shard(model.body[0], reshard_after_forward=False)
+    fully_shard(model.body[2], shard_placement_fn=lambda p: Shard(p.ndim - 1))
+    fully_shard(model.norm)
+    fully_shard(model)
+
+
+def shard_half(model):
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
+    shard_blocks(model, mp_policy=half)
+
+
+MODELS = {
+    "blocks": (Blocks, shard_blocks),
+    "checkpointed": (lambda: Blocks(checkpointed=True), shard_blocks),
+    "everything": (Everything, shard_everything),
+    "half": (Blocks, shard_half),
+}
+
+
+def samples(step, rank, dtype):
+    """Rank 0 never has the last task, and rank 1 not always the second."""
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    size = (5, 8, 3, 6)[rank]
+    ids = torch.randint(4, (size,), generator=generator)
+    ids[ids == 3] = 3 if rank else 0
+    if rank == 1 and step % 2:
+        ids[ids == 1] = 2
+    tokens = torch.randint(6, (size, 3), generator=generator)
+    return tokens, ids, torch.randn(size, 2, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def new(dtype, what, rule, sharded, frozen=(), **settings):
+    torch.manual_seed(3)
+    make, shard = MODELS[what]
+    model = make().to(dtype)
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    if sharded:
+        shard(model)
+    sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01, momentum=0.5)
+    settings = {"groups": "layer", "tasks": TASKS, "check_ranks": sharded, **settings}
+    return model, gs.SurgeryOptimizer(sgd, rule, model=model, **settings)
+
+
+def train(model, opt, ranks, dtype, accumulate=1, steps=STEPS):
+    seen = []
+    for step in range(steps):
+        for number in range(accumulate):
+            parts = [samples(accumulate * step + number, rank, dtype) for rank in ranks]
+            tokens, ids, wanted = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+            with opt.split(ids):
+                found = (model(tokens, ids) - wanted).square().mean(1)
+            opt.backward(found)
+        opt.combine()
+        nn.utils.clip_grad_norm_(model.parameters(), 100.0)
+        seen.append([None if p.grad is None else whole(p.grad) for p in model.parameters()])
+        opt.step()
+        opt.zero_grad()
+    return [whole(p.detach()) for p in model.parameters()], seen, opt.last
+
+
+def sharded(rank, dtype, what, rule, settings, times):
+    from gradsurgery._ranks import buckets
+
+    size, buckets._BYTES = buckets._BYTES, 64
+    try:
+        model, opt = new(dtype, what, rule, True, **settings)
+        found = train(model, opt, [rank], dtype, **times)
+        left = [p for p in model.parameters() if not hasattr(p, "placements")]
+        return *found, len(left), opt.streaming.why
+    finally:
+        buckets._BYTES = size
+
+
+def check(ranks, count, dtype, what="blocks", rule=None, close=None, times=None, **settings):
+    rule, times = rule or gs.GradVac(beta=0.3), times or {}
+    results = ranks(count, sharded, dtype, what, rule, settings, times)
+    expected = train(*new(dtype, what, rule, False, **settings), range(count), dtype, **times)
+    for parameters, seen, last, left, why in results:
+        compare(parameters, expected[0], close or CLOSE[dtype])
+        for ours, theirs, first in zip(seen, expected[1], results[0][1], strict=True):
+            compare(ours, theirs, close or 10 * CLOSE[dtype])
+            assert all((a is None and b is None) or torch.equal(a, b) for a, b in zip(ours, first, strict=True))
+        assert last.groups == expected[2].groups
+        assert torch.equal(last.active, expected[2].active)
+        torch.testing.assert_close(last.losses, expected[2].losses, rtol=close or 10 * CLOSE[dtype], atol=0, equal_nan=True)
+        assert left == 0  # all is sharded again
+        assert why.startswith("parameters are sharded")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("count", [2, 4])
+def test_as_one_process_on_all_samples(ranks, count, dtype):
+    check(ranks, count, dtype)
+    check(ranks, count, dtype, "everything", gs.PCGrad(), groups="tensor")
