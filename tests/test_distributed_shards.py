@@ -186,7 +186,8 @@ def refusals(rank):
     attempt("nameless", lambda: gs.SurgeryOptimizer(sgd, gs.PCGrad()))
 
     def split():
-        other = gs.SurgeryOptimizer(sgd, gs.PCGrad(), model=model, tasks=TASKS)
+        divided, _ = new(torch.float32, "tensor", gs.PCGrad())
+        other = gs.SurgeryOptimizer(torch.optim.SGD(divided.parameters()), gs.PCGrad(), model=divided, tasks=TASKS)
         with other.split([0, 1]):
             pass
 
@@ -221,7 +222,7 @@ def test_what_cannot_be_done_with_sharded_parameters(ranks):
     assert "leave out reduce='result'" in first["result"]
     assert "leave out process_group=False" in first["alone"]
     assert "pass `model` too" in first["nameless"]
-    assert "single pass needs whole ones. Call backward() with one loss for each task" in first["split"]
+    assert "the single pass needs whole parameters. Call backward() with one loss for each task" in first["split"]
     for name in ("different", "fewer"):
         assert "every rank needs the same tasks" in first[name]
         assert "samples={...: 0}" in first[name]

@@ -54,8 +54,10 @@ def shard_everything(model):
 
 
 def shard_half(model):
-    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
-    shard_blocks(model, mp_policy=half)
+    half = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+    for block in model.blocks:
+        fully_shard(block, mp_policy=MixedPrecisionPolicy(**half))
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(**half, output_dtype=torch.float32))
 
 
 MODELS = {
@@ -141,4 +143,145 @@ def check(ranks, count, dtype, what="blocks", rule=None, close=None, times=None,
 @pytest.mark.parametrize("count", [2, 4])
 def test_as_one_process_on_all_samples(ranks, count, dtype):
     check(ranks, count, dtype)
-    check(ranks, count, dtype, "everything", gs.PCGrad(), groups="tensor")
+
+
+def test_weights_made_of_parameters_tied_ones_and_other_shards(ranks):
+    check(ranks, 2, torch.float64, "everything", gs.PCGrad(), groups="tensor")
+
+
+def test_several_passes_and_checkpointed_activations(ranks):
+    check(ranks, 2, torch.float64, "checkpointed", times={"accumulate": 2, "steps": 2})
+
+
+def test_mixed_precision(ranks):
+    check(ranks, 2, torch.float32, "half", gs.PCGrad(), close=0.05, times={"steps": 2})
+
+
+def test_frozen_parameters_and_a_rule_that_weighs_losses(ranks):
+    frozen = ("place", "blocks.1.1.weight", "heads.2.bias")
+    check(ranks, 2, torch.float64, rule=gs.Chain(gs.UncertaintyWeighting(), gs.PCGrad()), frozen=frozen)
+
+
+# --- Without any gradient of FSDP2's own --------------------------------------------------------------------------------
+
+
+def traffic(rank):
+    """Reduce-scatters of FSDP2 in each step, and whether anything was left whole."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+
+    calls, plain = [], _fsdp_param_group.foreach_reduce
+
+    def counting(*arguments, **settings):
+        calls.append(len(arguments[0]))
+        return plain(*arguments, **settings)
+
+    _fsdp_param_group.foreach_reduce = counting
+    try:
+        model, opt = new(torch.float64, "blocks", gs.PCGrad(), True)
+        counts = []
+        for _ in range(2):
+            calls.clear()
+            train(model, opt, [rank], torch.float64, steps=1)
+            counts.append(len(calls))
+        return counts
+    finally:
+        _fsdp_param_group.foreach_reduce = plain
+
+
+def test_fsdp_adds_up_nothing_itself(ranks):
+    for first, second in ranks(2, traffic):
+        assert first > 0  # the first pass is compared with a plain one
+        assert second == 0
+
+
+# --- What goes wrong ----------------------------------------------------------------------------------------------------
+
+
+def wrong(rank, what):
+    model, opt = new(torch.float64, "blocks", gs.PCGrad(), True, verify=what != "verify" or rank == 0)
+    try:
+        if what == "rows":  # of one task, on one rank, not those of a plain pass
+            from gradsurgery._ranks.unsharded import Inflow
+
+            plain = Inflow.finish
+
+            def finish(self):
+                plain(self)
+                if rank == 1:
+                    self._gradients.rows[0].of[0].mul_(3)
+
+            Inflow.finish = finish
+        train(model, opt, [rank], torch.float64, steps=1)
+        if what == "passes":
+            tokens, ids, wanted = samples(1, rank, torch.float64)
+            found = (model(tokens, ids) - wanted).square().mean(1)  # in which all ranks have to take part
+            if rank:
+                with opt.split(ids):
+                    pass
+                opt.backward(found)
+            opt.combine()
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        if what == "rows":
+            Inflow.finish = plain
+    return "no error"
+
+
+def test_every_rank_says_what_goes_wrong_on_one(ranks):
+    first, second = ranks(2, wrong, "rows")
+    assert first.startswith("RuntimeError: Rank 1 failed in the backward pass of this step")
+    assert second.startswith("RuntimeError: The gradients of a single pass are not those of a plain backward pass")
+    first, second = ranks(2, wrong, "verify")
+    assert first == second
+    assert "disagree about the settings: `verify`" in first
+    first, second = ranks(2, wrong, "passes")
+    assert first == second
+    assert "every rank needs as many backward passes" in first
+
+
+class Product(torch.autograd.Function):
+    """A product with a parameter, which nothing is known of."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x * weight
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        return gradient * weight, (gradient * x).sum(0)
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        return Product.apply(x, self.scale)
+
+
+def unknown(rank, keep):
+    model = nn.Sequential(nn.Linear(4, 4), Scaled(), nn.Linear(4, 4), Scaled(), nn.Linear(4, 1))
+    for layer in model:
+        fully_shard(layer, reshard_after_forward=not keep)
+    fully_shard(model)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    opt = gs.SurgeryOptimizer(sgd, gs.PCGrad(), model=model, tasks=TASKS)
+    try:
+        with opt.split(torch.arange(8) % 4):
+            found = model(torch.randn(8, 4)).square()[:, 0]
+        opt.backward(found)
+        opt.step()
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_operations_that_have_to_be_tried_out(ranks):
+    for text in ranks(2, unknown, False):
+        assert "split() has to try operation Product out" in text
+        assert "reshard_after_forward=False" in text
+    assert ranks(2, unknown, True) == ["no error"] * 2

@@ -134,6 +134,7 @@ class Shards(Replicas):
         with self._whole.held([names[inflow.trained[i]] for i in single.late]):
             single.run(seeds, retain_graph=retain_graph, complete=lambda i: rows.complete(inflow.trained[i]))
         rows.finish()
+        inflow.finish()
         remedy = "Call backward() with one loss for each task."
         self._raise_together(unforeseen(inflow.odd, remedy) if inflow.odd else None)
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Shard
 from .._buffer import Rows
 from .._gradients import TaskGradients
 from .reach import Mask, broken
-from .wire import Wire
+from .wire import Waiting, Wire
 
 
 def why_not_whole(parameters: Mapping[str, Tensor], ranks: Sequence[int]) -> str:
@@ -43,9 +43,10 @@ class Whole:
         self.wire = copy.copy(wire)
         self.wire.group = dist.new_group(wire.names, use_local_synchronization=True)
         modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        wanted = set(names)
+        before = {name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)}
         for module in modules:
             module.reshard()
-        wanted = set(names)
         self.of: dict[str, Tensor] = {}
         self._owner: dict[str, FSDPModule] = {}
         for module in modules:
@@ -54,12 +55,16 @@ class Whole:
                 if name in wanted and name not in self.of and not isinstance(parameter, DTensor):
                     self.of[name], self._owner[name] = parameter, module
             module.reshard()
+        for module in self._owners([name for name in names if name in before]):  # in the same order on all ranks
+            module.unshard()
+
+    def _owners(self, names: Sequence[str]) -> list[FSDPModule]:
+        return list({id(self._owner[name]): self._owner[name] for name in names}.values())
 
     @contextmanager
     def held(self, names: Sequence[str]) -> Iterator[None]:
         """Keeps these parameters whole when the backward pass is over."""
-        modules = {id(self._owner[name]): self._owner[name] for name in names}.values()
-        groups = [group for module in modules for group in _groups(module)]
+        groups = [group for module in self._owners(names) for group in _groups(module)]
         before = [group.reshard_after_backward for group in groups]
         for group in groups:
             group.reshard_after_backward = False
@@ -104,16 +109,16 @@ class Inflow:
         self.trained = trained
         self._index = {p: i for i, p in enumerate(trained)}
         self.odd = ""
+        self._under_way: list[tuple[list[tuple[int, tuple[int, ...], _Shards]], Tensor, Waiting]] = []
 
     def stages(self, parameters: Sequence[int], reach: Sequence[tuple[int, ...]], told: Mask) -> Iterator[None]:
-        """Sends the rows of these parameters, given the tasks that reach each on any rank; then takes in the sums."""
+        """Sends the rows of these parameters, given the tasks that reach each on any rank; then takes in what is there."""
         wire, kinds = self._whole.wire, dict[tuple[torch.dtype, torch.device], list[int]]()
         for p in parameters:
             if broken(self.rows[self._index[p]], told, p):
                 self.odd = self.odd or self._gradients.names[p]
             like = self._gradients.parameters[p]
             kinds.setdefault((like.dtype, like.device), []).append(p)
-        started = []
         for (dtype, device), members in kinds.items():
             shards = [_Shards(self._gradients.parameters[p], len(reach[p]), wire) for p in members]
             parts = torch.zeros(wire.size, sum(shard.size for shard in shards), dtype=dtype, device=device)
@@ -121,12 +126,26 @@ class Inflow:
                 shard.pack(self.rows[self._index[p]], reach[p], place)
             own = torch.empty_like(parts[0])
             if len(own):
-                started.append((members, shards, own, wire.start_reduce_scatter(own, parts)))
+                taken = [(p, reach[p], shard) for p, shard in zip(members, shards, strict=True)]
+                self._under_way.append((taken, own, wire.start_reduce_scatter(own, parts)))
         yield
-        for members, shards, own, work in started:
+        # To wait here could be for ever: another rank may send these rows after FSDP2 has gathered a layer there, which
+        # waits for this rank.
+        self._take([work for *_, work in self._under_way if work.is_done()])
+
+    def finish(self) -> None:
+        """Takes in what is still under way."""
+        self._take([work for *_, work in self._under_way])
+
+    def _take(self, done: Sequence[Waiting]) -> None:
+        for work in done:
             work.wait()
-            for p, shard, place in zip(members, shards, torch.split(own, [s.size for s in shards]), strict=True):
-                self._gradients.rows[p].add_block(reach[p], shard.own(place), owned=True)
+        for taken, own, work in self._under_way:
+            if work in done:
+                pieces = torch.split(own, [shard.size for *_, shard in taken])
+                for (p, tasks, shard), piece in zip(taken, pieces, strict=True):
+                    self._gradients.rows[p].add_block(tasks, shard.own(piece), owned=True)
+        self._under_way = [item for item in self._under_way if item[-1] not in done]
 
 
 class _Shards:
