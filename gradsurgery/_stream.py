@@ -52,7 +52,8 @@ class Stream:
 
     def complete(self, p: int) -> None:
         """All gradients of parameter ``p`` are there."""
-        self._gradients.rows[p].warm()
+        if self._combination.measured:
+            self._gradients.rows[p].warm()
         group = self._gradients.group_of[p]
         self._awaited[group].discard(p)
         if not self._awaited[group]:

@@ -13,14 +13,16 @@ from torch import Tensor
 
 from ._combination import Combination
 from ._compile import donated_buffers_explained
+from ._coordinates import AnyRule, parts
 from ._counts import Counts, read_samples
+from ._features import Features, FeatureSpec, read_features
 from ._gradients import TaskGradients
 from ._joint import joint_loss
 from ._losses import Losses, read_losses, task_names
 from ._mixed import MixedBatch
 from ._ranks import Lockstep, Lost, Meeting, Outlook, Ranks
 from ._reuse import Reuse
-from ._rule import Rule, State, implements
+from ._rule import State, implements
 from ._state import guarded, loaded
 from ._step import Step
 from ._stream import Stream, Streaming
@@ -62,10 +64,14 @@ class Surgery:
         seed: of the generator.
 
     Attributes:
+        given: the rule.
+        rule: the part of it that sees losses and Gram matrices; it may be the identity.
+        coordinates: the part that sees coordinates, or None.
         tasks: names of the tasks; None until they are known.
         state: the rule's.
         generator: that random rules draw from.
         split: the mixed batch whose losses are awaited, or None.
+        features: the gradients of a step that is operated on at features, or None.
         last: the record of the last combination, or None.
         skipped: how often each task sat out a step.
         reuse: when there is surgery, and what is reused when not.
@@ -74,7 +80,7 @@ class Surgery:
     def __init__(
         self,
         gradients: TaskGradients,
-        rule: Rule,
+        rule: AnyRule,
         source: Source,
         ranks: Ranks,
         *,
@@ -86,7 +92,8 @@ class Surgery:
         measure: bool,
     ) -> None:
         self.gradients = gradients
-        self.rule = rule
+        self.given = rule
+        self.rule, self.coordinates = parts(rule)
         self.source = source
         self.nonfinite = nonfinite
         self.tasks: tuple[str, ...] | None = None
@@ -109,6 +116,7 @@ class Surgery:
         self.gradients.clear()
         self.passes: list[tuple[Tensor, Tensor]] = []  # of this step: losses, and which tasks were there
         self.split: MixedBatch | None = None
+        self.features: Features | None = None
         self.scale: Tensor | None = None  # of the losses, by a GradScaler
         self._rested = False  # this step reuses a mixing: its gradients are in p.grad already
         self._sits_out: tuple[int, ...] = ()  # tasks of this step whose gradients are not finite
@@ -139,6 +147,8 @@ class Surgery:
     def fresh_state(self, tasks: tuple[str, ...]) -> State:
         """The rule's state before the first step."""
         gradients = self.gradients
+        if self.coordinates is not None:
+            self.coordinates.check(tasks)
         return self.rule.init(tasks, tuple(gradients.groups), device=gradients.device, dtype=gradients.dtype)
 
     def settle(self) -> None:
@@ -210,11 +220,12 @@ class Surgery:
         scaler: torch.amp.GradScaler | None,
         retain_graph: bool,
         samples: Mapping[str, float] | None = None,
+        features: FeatureSpec | None = None,
     ) -> None:
         """As :meth:`SurgeryOptimizer.backward`."""
         self.settle()
         batch, self.split = self.split, None
-        self._add(losses, batch, scaler, retain_graph=retain_graph, samples=samples)
+        self._add(losses, batch, scaler, retain_graph=retain_graph, samples=samples, features=features)
 
     def _add(
         self,
@@ -225,9 +236,13 @@ class Surgery:
         seed: Tensor | None = None,
         retain_graph: bool = False,
         samples: Mapping[str, float] | None = None,
+        features: FeatureSpec | None = None,
     ) -> None:
         """Adds each task's gradients to its rows: those of the losses, times ``scaler``'s scale; or times ``seed``."""
         self._check_open()
+        ends = None if features is None else self._read_features(features, batch)
+        if self.due and (ends is None) != (self.features is None):
+            raise ValueError("One step holds backward passes with `features` and without. Pass them in all of its passes.")
         before = self.tasks, self.state
         try:
             if batch is not None:
@@ -237,7 +252,7 @@ class Surgery:
                     )
                 self._backward_mixed(batch.check(losses), batch, scaler, seed, retain_graph)
             else:
-                self._backward_tasks(losses, scaler, seed, retain_graph, samples)
+                self._backward_tasks(losses, scaler, seed, retain_graph, samples, ends)
         except _Partial as partial:
             self.forget()
             self.tasks, self.state = before
@@ -250,8 +265,14 @@ class Surgery:
         seed: Tensor | None,
         retain_graph: bool,
         samples: Mapping[str, float] | None,
+        ends: list[Tensor] | None,
     ) -> None:
         found = read_losses(losses, self.tasks, none=self.ranks.size > 1)
+        step, targets = self.features, None
+        if ends is not None and not self.reuse.rests:
+            careful = self.nonfinite != "propagate"
+            step = step or Features(self.gradients, look=bool(self.state) or self.tasks is None, fail=careful)
+            targets = step.add(ends, found, retain_graph)
         if self.tasks is None:
             self.set_tasks(task_names(losses))
         assert self.tasks is not None
@@ -276,8 +297,13 @@ class Surgery:
                 outputs = [root.output for root in roots]
                 self.reuse.gradients(outputs, own, shared, self.gradients, retain_graph, self._add_rested)
             return
-        trained = self._trained()
-        parameters, rows = [self.gradients.parameters[p] for p in trained], [self.gradients.rows[p] for p in trained]
+        if targets is not None:
+            self.features = step
+            parameters, rows = targets
+        else:
+            trained = self._trained()
+            parameters = [self.gradients.parameters[p] for p in trained]
+            rows = [self.gradients.rows[p] for p in trained]
         with _partial():
             self.source(roots, parameters, rows, retain_graph=retain_graph)
 
@@ -370,6 +396,10 @@ class Surgery:
             raise
         self._finish(combination)
 
+    def _read_features(self, features: FeatureSpec, batch: MixedBatch | None) -> list[Tensor]:
+        groups, ranks = len(self.gradients.groups), self.ranks.size
+        return read_features(features, groups=groups, ranks=ranks, mixed=batch is not None, source=self.source)
+
     def _check_open(self) -> None:
         """Raises unless this step can take in more gradients.
 
@@ -450,7 +480,7 @@ class Surgery:
                 else:
                     self._operate()
         except BaseException:
-            if self.ranks.size > 1:
+            if self.ranks.size > 1 or self.features is not None:
                 self.forget()
             raise
 
@@ -460,7 +490,7 @@ class Surgery:
             combination = self._combination(self.gradients, undoable=True)
             self._combine_in(Lockstep(combination.stages, self.ranks.parts), combination, lambda: None)
             return
-        gradients = self.ranks.reduce(self.gradients)
+        gradients = self.ranks.reduce(self.gradients if self.features is None else self.features)
         if self.nonfinite != "propagate":
             gradients.align()
             self._check_finite(self.tasks, gradients)
@@ -519,6 +549,7 @@ class Surgery:
             losses,
             present,
             self.ranks,
+            self.coordinates,
             undoable=undoable,
         )
 
@@ -565,7 +596,7 @@ class Surgery:
         if self.ranks.size > 1:
             raise TypeError("An optimizer that works with other processes cannot be copied: save its state_dict() instead.")
         # Gradients are not saved. Whoever unpickles this gives it `gradients`, and calls `forget`.
-        left_out = ("gradients", "_indices", "last", "passes", "split", "scale")
+        left_out = ("gradients", "_indices", "last", "passes", "split", "features", "scale")
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

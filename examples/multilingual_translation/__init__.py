@@ -1,0 +1,1 @@
+"""Gradient Vaccine on multilingual translation, and the loss geometry behind it."""

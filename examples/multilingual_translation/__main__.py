@@ -1,0 +1,114 @@
+"""Gradient Vaccine on multilingual translation: the thesis' Tables 6.2 to 6.6, and its study of loss geometry.
+
+Runs are kept one by one, and continue from their checkpoints: stop at any time, and say the same again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+try:
+    from . import jobs, tables
+    from .corpus import prepare
+    from .fetch import cache_folder
+    from .jobs import PARTS, SCALES, Scale, plan, results_of, run_all
+except ImportError as error:
+    raise SystemExit(f'This example needs more packages ({error}): pip install "gradsurgery[multilingual]".') from error
+
+COMMANDS = ("data", *PARTS, "all", "report")
+
+
+def main(arguments: Sequence[str] | None = None) -> Path:
+    """Runs what is asked for, and returns the folder with the results."""
+    options = _parse(arguments)
+    started = time.perf_counter()
+    torch.set_num_threads(1)
+    scale = _scale(options)
+    cache = cache_folder(options.cache)
+    check = not options.unchecked
+    if options.command == "data":
+        corpora = {"Tables 6.2 to 6.5": scale.four(), "All languages": scale.all()}
+        if scale.source != "django":
+            corpora["Verses"] = scale.all("verses")
+        print(jobs.sizes({name: prepare(recipe, cache, check=check) for name, recipe in corpora.items()}))
+        return cache
+    parts = tuple(PARTS) if options.command in ("all", "report") else (options.command,)
+    seeds = range(options.seed, options.seed + options.seeds)
+    wanted = {part: PARTS[part](scale, seeds) for part in parts}
+    every = [job for part in wanted.values() for job in part]
+    settings = {"processes": options.jobs, "device": options.device, "check": check}
+    if options.plan:
+        print(plan(every, options.out, cache, **settings))
+        return options.out
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.command != "report":
+        run_all(every, options.out, cache, **settings)
+    for part, its in wanted.items():
+        results = results_of(its, options.out)
+        if not results:
+            continue
+        if part == "table":
+            corpus = prepare(scale.four(), cache, check=check)
+            text = f"{tables.table_65(results, scale, corpus)}\n\n**What it cost**\n\n{tables.costs(results, scale)}"
+        elif part == "ablations":
+            text = tables.ablations(results, scale)
+        elif part == "massive":
+            corpora = {job: prepare(job.recipe, cache, check=check) for job in results}
+            text = tables.massive(results, its, corpora)
+        else:
+            continue
+        tables.write(text, options.out / f"{part}.md")
+        print(f"\n{text}")
+    print(f"\n{time.perf_counter() - started:.0f} seconds in all. Results are in {options.out.resolve()}")
+    return options.out
+
+
+def _scale(options: argparse.Namespace) -> Scale:
+    scale = SCALES["quick" if options.quick else options.size]
+    if options.steps:
+        scale = replace(
+            scale,
+            settings=replace(scale.settings, steps=options.steps),
+            massive=replace(scale.massive, steps=options.steps, keep=max(1, options.steps // 10)),
+        )
+    return replace(scale, source=options.source)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    known = argparse.ArgumentParser(
+        prog="python -m examples.multilingual_translation",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    known.add_argument("command", nargs="?", default="table", choices=COMMANDS, help="data: fetch texts and count them; "
+                       "table: 6.5; ablations: 6.2 to 6.4; massive: 6.6; study, trilingual: models for 6.2; all of these; "
+                       "report: one page of what there is")  # fmt: skip
+    known.add_argument("--size", default="tiny", choices=[name for name in SCALES if name != "quick"], help="of everything")
+    known.add_argument("--quick", action="store_true", help="some twenty steps, to see that everything works")
+    known.add_argument("--plan", action="store_true", help="say how many runs there are, and how long they will take")
+    known.add_argument("--steps", type=int, default=0, help="optimizer steps of each run; 0 for those of the size")
+    known.add_argument("--seed", type=int, default=0, help="the first seed")
+    known.add_argument("--seeds", type=int, default=1, help="how many; several give 95%% intervals")
+    known.add_argument("--jobs", type=int, default=2, help="runs at a time, with one thread each")
+    known.add_argument("--device", default="cpu", help="to train on, such as cuda")
+    known.add_argument("--source", default="help", choices=["help", "django"], help="of texts; django needs no download")
+    known.add_argument("--cache", type=Path, help="folder for texts; in the user's cache by default")
+    known.add_argument("--out", type=Path, default=Path("out/multilingual_translation"), help="folder for runs and results")
+    known.add_argument("--unchecked", action="store_true", help="use texts that differ from those this was made with")
+    options = known.parse_args(arguments)
+    for name in ("seeds", "jobs"):
+        if getattr(options, name) < 1:
+            known.error(f"--{name} must be at least 1. Found {getattr(options, name)}.")
+    if options.steps < 0:
+        known.error(f"--steps must be at least 1, or 0. Found {options.steps}.")
+    return options
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,385 @@
+import dataclasses
+import io
+import json
+import lzma
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import gradsurgery as gs
+from examples.multilingual_translation import fetch, jobs, sources, tables
+from examples.multilingual_translation.__main__ import main
+from examples.multilingual_translation.corpus import END, PAD, START, Batches, Recipe, held_out, prepare
+from examples.multilingual_translation.hashes import HASHES
+from examples.multilingual_translation.languages import LANGUAGES, tasks_of
+from examples.multilingual_translation.methods import ABLATIONS, BEST, BILINGUAL, JOINT, METHODS, TABLE_65
+from examples.multilingual_translation.model import SIZES, Size, Translator
+from examples.multilingual_translation.train import Job, Result, Settings, Trainer, save, scarce, token_losses
+
+RECIPE = Recipe("django", ("fr", "pl", "hi", "tr"), vocabulary=400, longest=20, evaluated=6, cut=(("hi", 100), ("tr", 90)))
+SETTINGS = Settings(steps=8, batch=16, warmup=4, save=3, record=1, rate=1e-2)
+SMALL = Size(width=16, inner=32, layers=2, heads=2)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def corpus(cache):
+    return prepare(RECIPE, cache)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setitem(SIZES, "tiny", SMALL)
+
+
+def job(method=JOINT, direction="from-en", seed=0, **settings):
+    return Job(method, tasks_of(RECIPE.languages, direction), seed, dataclasses.replace(SETTINGS, **settings), RECIPE)
+
+
+# --- Texts --------------------------------------------------------------------------------------------------------------
+
+
+def package(path, pages):
+    """A Debian package with these HTML pages."""
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        for name, text in pages.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(text.encode())
+            tar.addfile(entry, io.BytesIO(text.encode()))
+    content = b"!<arch>\n"
+    for name, member in (("debian-binary", b"2.0\n"), ("data.tar.xz", lzma.compress(archive.getvalue()))):
+        header = f"{name:<16}{0:<12}{0:<6}{0:<6}{'100644':<8}{len(member):<10}`\n".encode()
+        content += header + member + b"\n" * (len(member) % 2)
+    path.write_bytes(content)
+
+
+def paragraph(key, text):
+    return f'<p id="{key}" class="paragraph" dir="auto">{text}</p>\n'
+
+
+def test_help_pairs_are_read_from_packages(tmp_path):
+    root = "./usr/share/libreoffice/help"
+    english = paragraph("par_id1", "Inserts &lt;one&gt; <b>table</b>.") + paragraph("par_id2", "File") + '<p id="x1">No</p>'
+    french = paragraph("par_id1", "Insère &lt;un&gt;\n<b>tableau</b>.") + paragraph("par_id2", "File")
+    package(tmp_path / f"libreoffice-help-en-us_{fetch.HELP_VERSION}_all.deb", {f"{root}/en-US/text/a.html": english})
+    package(
+        tmp_path / f"libreoffice-help-fr_{fetch.HELP_VERSION}_all.deb",
+        {f"{root}/fr/text/a.html": french, f"{root}/fr/text/b.html": french, f"{root}/fr/a.txt": french},
+    )
+    expected = sources.Pair("text/a.html", "par_id1", "Inserts <one> table.", "Insère <un> tableau.")
+    assert sources.read("help", "fr", tmp_path, check=False) == [expected]
+    with pytest.raises(SystemExit, match="texts of 'fr' are not those .* --unchecked"):
+        sources.read("help", "fr", tmp_path)
+
+
+def test_what_is_no_package_says_so(tmp_path):
+    path = tmp_path / f"libreoffice-help-fr_{fetch.HELP_VERSION}_all.deb"
+    path.write_bytes(b"<html>")
+    with pytest.raises(SystemExit, match="is no Debian package. Delete it"):
+        sources.read("help", "fr", tmp_path)
+
+
+def test_a_package_that_cannot_be_had_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch.shutil, "which", lambda name: None)
+    monkeypatch.setattr(fetch, "MIRROR", (tmp_path / "nowhere").as_uri())
+    with pytest.raises(SystemExit, match="(?s)libreoffice-help-fr .* there is no apt-get.*--source django"):
+        sources.read("help", "fr", tmp_path)
+
+
+def test_cleaning_leaves_out_what_is_not_translated():
+    def kept(code, english, text):
+        return [pair.text for pair in sources.clean([sources.Pair("d", "k", english, text)], LANGUAGES[code])]
+
+    assert kept("fr", "Not equal", " Diffe\u0301rent ") == ["Différent"]
+    assert kept("fr", "File", "file") == []
+    assert kept("hi", "The next page", "अगला पृष्ठ") == ["अगला पृष्ठ"]
+    assert kept("hi", "The next page", "The next page अ") == []
+    assert kept("fr", "Click the next page and print", "Click the next page et imprimer") == []
+    assert kept("fr", "A sentence of some length", "Oui") == []
+    assert kept("fr", "100", "cent") == []
+
+
+def test_every_language_of_the_packages_has_a_hash():
+    for source, hashes in HASHES.items():
+        assert set(hashes) == set(sources.languages_of(source))
+    families = {LANGUAGES[code].family for code in HASHES["help"]}
+    assert len(HASHES["help"]) >= 12
+    assert len(families) >= 5
+
+
+def test_documents_and_texts_are_held_out(corpus):
+    parts = {part: set() for part in ("train", "valid", "test")}
+    for part, found in parts.items():
+        for pairs in getattr(corpus, part).values():
+            found |= {tuple(ids) for side in pairs for ids in side}
+    assert not parts["train"] & (parts["valid"] | parts["test"])
+    assert not {tuple(ids) for ids in corpus.aligned["en"]} & parts["train"]
+    assert {held_out(f"document {i}") for i in range(200)} == {None, "valid", "test"}
+    assert len(corpus.train["hi"].text) == 100
+    assert len(corpus.train["fr"].text) > 200
+    assert scarce(corpus, ("en-fr", "en-hi", "tr-en")) == ["en-hi", "tr-en"]
+
+
+def test_a_corpus_is_the_same_from_the_cache(corpus, cache):
+    again = prepare(RECIPE, cache)
+    assert again.fingerprint == corpus.fingerprint
+    for name in ("train", "valid", "test", "references", "aligned"):
+        assert json.dumps(getattr(again, name)) == json.dumps(getattr(corpus, name)), name
+
+
+def test_texts_survive_encoding(corpus):
+    found = corpus.decode(torch.tensor([[*corpus.test["hi"].text[0], END, PAD]]))
+    assert found == [corpus.references["test"]["hi"][0][1]]
+
+
+def test_batches_have_their_tags_and_are_the_same_anywhere(corpus):
+    tasks = tasks_of(RECIPE.languages, "both")
+    settings = {"size": 32, "temperature": 5.0, "seed": 1, "pool": 4}
+    batches, again = Batches(corpus, tasks, **settings), Batches(corpus, tasks, **settings)
+    found = [batches[step] for step in range(6)]
+    for step in (5, 0, 3):
+        assert all(torch.equal(*pair) for pair in zip(again[step], found[step], strict=True))
+    for batch in found:
+        assert batch.tasks.equal(batch.tasks.sort().values)
+        assert (batch.target[:, 0] == START).all()
+        for tag, task in zip(batch.source[:, 0].tolist(), batch.tasks.tolist(), strict=True):
+            assert corpus.vocabulary.id_to_piece(tag) == f"<2{tasks[task].partition('-')[2]}>"
+    others = Batches(corpus, tasks, **{**settings, "seed": 2})
+    assert not torch.equal(others[0].source, found[0].source)
+
+
+def test_sampling_follows_the_temperature(corpus):
+    tasks = tasks_of(RECIPE.languages, "from-en")
+    counts = torch.tensor([len(corpus.train[code].text) for code in RECIPE.languages], dtype=torch.float64)
+    for temperature in (1.0, 5.0):
+        batches = Batches(corpus, tasks, size=500, temperature=temperature, seed=0)
+        expected = (counts / counts.sum()) ** (1 / temperature)
+        expected /= expected.sum()
+        drawn = sum(batches[step].tasks.bincount(minlength=4) for step in range(8)) / 4000
+        torch.testing.assert_close(drawn.double(), expected, atol=0.04, rtol=0)  # five standard deviations
+
+
+# --- The model ----------------------------------------------------------------------------------------------------------
+
+
+def test_padding_changes_nothing_and_nothing_looks_ahead():
+    torch.manual_seed(0)
+    model = Translator(20, SMALL).eval()
+    source, target = torch.randint(4, 20, (3, 7)), torch.randint(4, 20, (3, 6))
+    scores = model(source, target)
+    padded = torch.nn.functional.pad(source, (0, 3), value=PAD)
+    torch.testing.assert_close(model(padded, target), scores, atol=1e-5, rtol=1e-5)
+    changed = target.clone()
+    changed[:, 4] = (changed[:, 4] - 3) % 16 + 4
+    torch.testing.assert_close(model(source, changed)[:, :4], scores[:, :4])
+    assert not torch.allclose(model(source, changed)[:, 4:], scores[:, 4:])
+
+
+def test_greedy_decoding_takes_the_best_symbol():
+    torch.manual_seed(0)
+    model = Translator(12, SMALL).eval()
+    source = torch.randint(4, 12, (3, 5))
+    decoded = model.translate(source)
+    target = torch.cat([torch.full((3, 1), START), decoded], 1)
+    best = model(source, target[:, :-1]).argmax(-1)
+    for row, expected in zip(decoded.tolist(), best.tolist(), strict=True):
+        length = row.index(END) + 1 if END in row else len(row)
+        assert row[:length] == expected[:length]
+
+
+def test_the_single_pass_is_right_on_this_model(corpus):
+    torch.manual_seed(0)
+    model = Translator(corpus.size, dataclasses.replace(SMALL, dropout=0.0)).double()
+    batch = Batches(corpus, tasks_of(RECIPE.languages, "both"), size=24, temperature=5.0, seed=0)[0]
+
+    class Losses(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, indices):
+            return token_losses(self.model, batch._replace(source=batch.source[indices], target=batch.target[indices]))
+
+    report = gs.testing.check_split(Losses(), torch.arange(24), batch.tasks)
+    assert report
+
+
+def test_layers_are_surgery_groups(corpus):
+    groups = Trainer(job(), corpus).optimizer.groups
+    assert set(groups) >= {"embedding", "encoder.0", "encoder.1", "decoder.0", "decoder.1"}
+    halves = Trainer(job("GradVac, enc_dec"), corpus).optimizer.groups
+    assert set(halves) == {"encoder", "decoder"}
+
+
+# --- Training -----------------------------------------------------------------------------------------------------------
+
+
+def test_joint_training_is_plain_training(corpus):
+    trainer = Trainer(job(), corpus)
+    torch.manual_seed(0)
+    model = Translator(corpus.size, SMALL, longest=2 * RECIPE.longest + 16)
+    adam = torch.optim.Adam(model.parameters(), betas=(0.9, 0.98))
+    losses = []
+    for step in range(3):
+        adam.param_groups[0]["lr"] = SETTINGS.rate_at(step)
+        batch = trainer.batches[step]
+        loss = token_losses(model, batch, 0.1).sum() / (batch.target[:, 1:] != PAD).sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        adam.step()
+        adam.zero_grad()
+        losses.append(loss.item())
+    Trainer(job(), corpus)  # draws random numbers, and must not matter
+    trainer = Trainer(job(), corpus)
+    assert [trainer.advance() for _ in range(3)] == pytest.approx(losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains(method, corpus):
+    its = dataclasses.replace(job(method), tasks=("en-fr",)) if method == BILINGUAL else job(method)
+    trainer = Trainer(its, corpus)
+    losses = [trainer.advance() for _ in range(6)]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("GradVac, fixed_obj", {"en-hi", "en-tr"}),
+        ("GradVac, all_layer", {"en-hi", "en-tr"}),
+        ("GradVac, HRL_only", {"en-fr", "en-pl"}),
+        ("GradVac, all_task", {"en-fr", "en-pl", "en-hi", "en-tr"}),
+    ],
+)
+def test_gradvac_operates_on_the_tasks_of_its_name(method, expected, corpus):
+    trainer = Trainer(job(method, batch=32), corpus)
+    for _ in range(12):
+        trainer.advance()
+    operated = trainer.result.recorder.operated.any((0, 1)).any(1)
+    assert {task for task, some in zip(trainer.job.tasks, operated, strict=True) if some} == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "stop"),
+    [("GradVac, all_layer", 1), ("GradVac, all_layer", 4), ("PCGrad", 7), ("GradNorm", 5), (BILINGUAL, 4)],
+)
+def test_an_interrupted_run_ends_the_same(method, stop, corpus, tmp_path):
+    its = dataclasses.replace(job(method), tasks=("en-fr",)) if method == BILINGUAL else job(method)
+    whole = Trainer(its, corpus).run()
+
+    class Interrupted(Exception):
+        pass
+
+    calls = []
+
+    def interrupt(loss):
+        calls.append(loss)
+        if len(calls) == stop:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        Trainer(its, corpus, tmp_path).run(interrupt)
+    torch.manual_seed(99)
+    trainer = Trainer(its, corpus, tmp_path)
+    assert trainer.step == 3 * ((stop - 1) // 3)  # a checkpoint at each third step, written after the interruption
+    again = trainer.run()
+    assert again.training == whole.training
+    assert (again.loss, again.bleu, again.chrf, again.texts) == (whole.loss, whole.bleu, whole.chrf, whole.texts)
+    assert again.weights == pytest.approx(whole.weights, nan_ok=True)
+    for name in ("steps", "cosines", "operated", "losses"):
+        one, other = (torch.from_numpy(getattr(run.recorder, name)) for run in (again, whole))
+        torch.testing.assert_close(one, other, atol=0, rtol=0, equal_nan=True)
+    read = Result.read(tmp_path)
+    assert read.bleu == whole.bleu
+    assert read.recorder.conflict_rate() == pytest.approx(whole.recorder.conflict_rate(), nan_ok=True)
+
+
+def test_a_checkpoint_of_other_texts_is_an_error(corpus, tmp_path):
+    trainer = Trainer(job(), corpus)
+    trainer.advance()
+    save({**trainer.state_dict(), "corpus": "other"}, tmp_path / "checkpoint.pt")
+    with pytest.raises(SystemExit, match="was made with other texts"):
+        Trainer(job(), corpus, tmp_path)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    save({"a": 1}, tmp_path / "file")
+    with pytest.raises(Exception, match="pickle"):
+        save({"a": lambda: None}, tmp_path / "file")
+    assert torch.load(tmp_path / "file") == {"a": 1}
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+# --- Tables -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_runs_of_the_tables():
+    scale = jobs.SCALES["tiny"]
+    runs = jobs.table_jobs(scale, range(3))
+    assert len(runs) == len(set(runs)) == 3 * 2 * (4 + len(TABLE_65) - 1)
+    assert len({run.name for run in runs}) == len(runs)
+    extra = set(jobs.ablation_jobs(scale, range(3))) - set(runs)
+    assert {run.method for run in extra} == {m for rows in ABLATIONS.values() for m in rows} - set(TABLE_65)
+    massive, study = jobs.massive_jobs(scale, range(1)), jobs.study_jobs(scale, range(1))
+    assert len(set(massive) & set(study)) == 2  # joint training with T=5 serves both
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Three methods in one direction, in this process."""
+    chosen = (BILINGUAL, JOINT, BEST)
+    for module in (jobs, tables):
+        monkeypatch.setattr(module, "TABLE_65", chosen)
+        monkeypatch.setattr(module, "DIRECTIONS", ("from-en",))
+    monkeypatch.setattr(jobs.table_jobs, "__defaults__", (("from-en",),))
+
+    def here(todo, out, cache, *, processes, device, check):
+        for run in todo:
+            if Result.read(jobs.folder_of(run, out)) is None:
+                jobs.run_one(run, out, cache, device, check)
+
+    monkeypatch.setattr("examples.multilingual_translation.__main__.run_all", here)
+    return chosen
+
+
+def test_the_command_makes_the_table_and_goes_on_where_it_was(few, tmp_path, cache, capsys, monkeypatch):
+    out = tmp_path / "out"
+    arguments = ["table", "--quick", "--steps", "2", "--source", "django", "--cache", str(cache), "--out", str(out)]
+    main(arguments)
+    printed = capsys.readouterr().out
+    assert all(f"| {method} |" in printed for method in few)
+    assert tables.NOT_RUN not in printed
+    assert "paired bootstrap" in printed
+    before = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*")}
+    assert sum(path.name == "result.json" for path in before) == 6
+    assert not any(path.name == "checkpoint.pt" for path in before)
+    main(arguments)
+    assert {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*")} == before
+    monkeypatch.setattr(jobs, "measured", lambda run, corpus, device: (0.5, 1.0))
+    main([*arguments, "--plan", "--seeds", "2"])
+    # Two steps of half a second each, and two seconds for each task's evaluation, of which the six runs have twelve.
+    assert "6 runs are left: 0.5 minutes of one process, 0.2 of 2" in capsys.readouterr().out
+
+
+def test_times_are_measured(corpus):
+    step, evaluation = jobs.measured(job(), corpus, steps=1)
+    assert step > 0
+    assert evaluation > 0
+
+
+def test_options_must_make_sense(capsys):
+    with pytest.raises(SystemExit):
+        main(["--seeds", "0"])
+    assert "--seeds must be at least 1. Found 0." in capsys.readouterr().err
+
+
+def test_the_cache_is_the_users(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert fetch.cache_folder() == Path(tmp_path) / "gradsurgery" / "multilingual_translation"
