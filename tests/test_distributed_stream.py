@@ -76,6 +76,15 @@ def streamed(opt):
     return opt._surgery._done == "streamed"
 
 
+def made(settings):
+    """With a table of so many words in place of six."""
+    settings = dict(settings)
+    if words := settings.pop("words", None):
+        torch.manual_seed(3)
+        settings["model"] = Everything(words)
+    return settings
+
+
 def passes_of(rank, step, passes):
     """The samples of each backward pass of a rank in a step."""
     return [100 * step + number for number in range(passes[rank][step % len(passes[rank])])]
@@ -83,7 +92,7 @@ def passes_of(rank, step, passes):
 
 def train(rank, dtype, rule, passes, settings):
     with small_parts() as counts:
-        model, opt = new(rule, dtype, **settings)
+        model, opt = new(rule, dtype, **made(settings))
         seen, inside, calls = [], [], []
         for step in range(STEPS):
             counts.clear()
@@ -99,7 +108,7 @@ def train(rank, dtype, rule, passes, settings):
 
 
 def alone(count, dtype, rule, passes, settings):
-    model, opt = new(rule, dtype, process_group=None, stream=False, check_ranks=False, **settings)
+    model, opt = new(rule, dtype, process_group=None, stream=False, check_ranks=False, **made(settings))
     seen = []
     for step in range(STEPS):
         # What several passes of one rank add up to is a pass of the concatenated batches of theirs at the same time.
@@ -193,6 +202,17 @@ def test_other_settings(ranks):
     for ours, theirs in zip(results, others, strict=True):
         compare(ours[0], theirs[0], 1e-12)
         assert all(equal(a, b) for a, b in zip(ours[1], results[0][1], strict=True))
+
+
+def test_embeddings_whose_rows_are_sparse(ranks):
+    results = check(ranks, 2, torch.float64, words=500)
+    check(ranks, 2, torch.float64, words=500, passes=[[2], [2]])
+    after = ranks(2, train, torch.float64, None, [[1]] * 2, {"words": 500, "stream": False})
+    for ours, theirs in zip(results, after, strict=True):
+        assert ours[2] == [False] + [True] * (STEPS - 1)
+        # Entries travel, no more of them than without streaming: indices and values are gathered.
+        assert ours[5][-1]["start_all_gather"] >= theirs[5][-1]["start_all_gather"]
+        assert ours[5][-1]["gather_objects"] == theirs[5][-1]["gather_objects"] == 1
 
 
 # --- In the same order, whatever is complete first ----------------------------------------------------------------------

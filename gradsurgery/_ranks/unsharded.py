@@ -42,7 +42,7 @@ class Whole:
     def __init__(self, model: nn.Module, names: Sequence[str], wire: Wire) -> None:
         self.wire = copy.copy(wire)
         self.wire.group = dist.new_group(wire.names, use_local_synchronization=True)
-        modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        modules: list[FSDPModule] = [module for module in model.modules() if isinstance(module, FSDPModule)]
         wanted = set(names)
         before = {name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)}
         for module in modules:
