@@ -381,15 +381,15 @@ class Surgery:
         """Combines what ``run`` brings; or, where anything goes wrong on any rank, leaves everything as it was on all."""
         failed: Exception | None = None
         try:
-            try:
-                run()
-            except Lost:
-                raise
-            except Exception as error:
-                if self.ranks.size == 1:
+            for work in (run, stream.finish):
+                try:
+                    work()
+                except Lost:
                     raise
-                failed = error  # the others are not to wait for the rest of this rank's rows
-            stream.finish()
+                except Exception as error:
+                    if self.ranks.size == 1:
+                        raise
+                    failed = failed or error  # the others are not to wait for the rest of this rank's rows
             self.ranks.confirm(failed)
         except BaseException:
             combination.undo()

@@ -96,6 +96,9 @@ def shard(model, how):
     for block in model.blocks:
         fully_shard(block, **settings, mp_policy=MixedPrecisionPolicy(**half))
     fully_shard(model, **settings, mp_policy=MixedPrecisionPolicy(**half, output_dtype=torch.float32 if half else None))
+    if how == "quiet":
+        model.set_requires_gradient_sync(False)
+        model.set_is_last_backward(False)
 
 
 def train(model, opt, ranks, dtype, steps):
@@ -164,6 +167,10 @@ def test_activation_checkpointing(ranks):
 @pytest.mark.parametrize("how", ["fsdp", "tensor"])
 def test_coordinates(ranks, how):
     check(ranks, 2, how, gs.Chain(gs.UncertaintyWeighting(), gs.TrimmedMean(1)), torch.float64, steps=5)
+
+
+def test_settings_for_gradients_that_accumulate(ranks):
+    check(ranks, 2, "quiet", gs.PCGrad(), torch.float64, steps=5)
 
 
 def test_mixed_precision(ranks):

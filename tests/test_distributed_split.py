@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_distributed import CLOSE, compare
+from test_distributed import CLOSE, RULES, compare
 from test_distributed_shards import whole
 from test_stream import TASKS, Everything
 from torch import nn
@@ -53,6 +53,13 @@ def shard_everything(model):
     fully_shard(model)
 
 
+def shard_quietly(model):
+    """As for gradients that accumulate."""
+    shard_blocks(model)
+    model.set_requires_gradient_sync(False)
+    model.set_is_last_backward(False)
+
+
 def shard_half(model):
     half = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
     for block in model.blocks:
@@ -65,6 +72,7 @@ MODELS = {
     "checkpointed": (lambda: Blocks(checkpointed=True), shard_blocks),
     "everything": (Everything, shard_everything),
     "half": (Blocks, shard_half),
+    "quiet": (Blocks, shard_quietly),
 }
 
 
@@ -141,8 +149,9 @@ def check(ranks, count, dtype, what="blocks", rule=None, close=None, times=None,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("count", [2, 4])
-def test_as_one_process_on_all_samples(ranks, count, dtype):
-    check(ranks, count, dtype)
+@pytest.mark.parametrize("rule", RULES)
+def test_as_one_process_on_all_samples(ranks, rule, count, dtype):
+    check(ranks, count, dtype, rule=RULES[rule], times={"steps": 20})
 
 
 def test_weights_made_of_parameters_tied_ones_and_other_shards(ranks):
@@ -151,6 +160,10 @@ def test_weights_made_of_parameters_tied_ones_and_other_shards(ranks):
 
 def test_several_passes_and_checkpointed_activations(ranks):
     check(ranks, 2, torch.float64, "checkpointed", times={"accumulate": 2, "steps": 2})
+
+
+def test_settings_for_gradients_that_accumulate(ranks):
+    check(ranks, 2, torch.float64, "quiet", gs.PCGrad(), times={"accumulate": 2, "steps": 2})
 
 
 def test_mixed_precision(ranks):
@@ -211,14 +224,17 @@ def wrong(rank, what):
                     self._gradients.rows[0].of[0].mul_(3)
 
             Inflow.finish = finish
-        train(model, opt, [rank], torch.float64, steps=1)
-        if what == "passes":
+        if not what.endswith("at first"):
+            train(model, opt, [rank], torch.float64, steps=1)
+        if what.startswith(("passes", "split")):
             tokens, ids, wanted = samples(1, rank, torch.float64)
             found = (model(tokens, ids) - wanted).square().mean(1)  # in which all ranks have to take part
             if rank:
                 with opt.split(ids):
                     pass
                 opt.backward(found)
+            elif what.startswith("split"):
+                opt.backward({"a": found.mean()})
             opt.combine()
     except (ValueError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
@@ -235,9 +251,13 @@ def test_every_rank_says_what_goes_wrong_on_one(ranks):
     first, second = ranks(2, wrong, "verify")
     assert first == second
     assert "disagree about the settings: `verify`" in first
-    first, second = ranks(2, wrong, "passes")
+    for what in ("passes", "passes at first", "split at first"):
+        first, second = ranks(2, wrong, what)
+        assert first == second
+        assert "every rank needs as many backward passes" in first
+    first, second = ranks(2, wrong, "split")
     assert first == second
-    assert "every rank needs as many backward passes" in first
+    assert "One step holds losses of tasks without `samples` and mixed batches with means" in first
 
 
 class Product(torch.autograd.Function):

@@ -93,7 +93,7 @@ class Ranks:
         """This rank cannot go on, since it has another backward pass after surgery: the others are not to wait for it."""
 
     def confirm(self, error: Exception | None) -> None:
-        """At the end of a pass that surgery happened in.
+        """At the end of surgery on one part of the parameters after the other, inside a backward pass or after it.
 
         Args:
             error: what went wrong on this rank, which kept up with the others nevertheless.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -79,7 +80,9 @@ def source_for(model: nn.Module | None, source: Source, every: int, measure: boo
         raise ValueError("`model` is sharded by FSDP2, which needs source='autograd'.")
     if every > 1 or not measure:
         raise ValueError("`model` is sharded by FSDP2, which needs every=1 and measure=True.")
-    return Backward()
+    from .unsharded import adding_up
+
+    return Backward(partial(adding_up, unwrap(model)))
 
 
 def _sharded(optimizer: torch.optim.Optimizer) -> bool:
@@ -123,4 +126,11 @@ def take_over(wrapper: nn.parallel.DistributedDataParallel) -> None:
 
 
 def _share_buffers(wrapper: nn.Module, args: object) -> None:
+    join: Any = wrapper._join_config
+    if join.enable:
+        raise RuntimeError(
+            "join() of a DistributedDataParallel stands in for a rank that has no more batches, and knows nothing of "
+            "surgery. Leave it out: call combine() or step() on that rank all the same, without backward(), as often as "
+            "the others do."
+        )
     wrapper.__dict__["require_forward_param_sync"] = True  # which it forgets after a forward pass

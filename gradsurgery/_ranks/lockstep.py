@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from .wire import Lost
+
 
 class Lockstep:
     """Does one part of the parameters after the other, in the order that is the same on all ranks.
 
-    When a part starts out, the one before does its next stage, and the one before that its last.
+    When a part starts out, the one before does its next stage, and the one before that its last. Where one fails, which is
+    likely to be on all ranks, the others go on: no rank is to wait for what another one leaves out.
 
     Args:
         stages: what is done with a part: it pauses where something is under way.
@@ -30,7 +33,8 @@ class Lockstep:
             if p in self._part_of:
                 self._awaited[self._part_of[p]].add(p)
         self._parts = deque(enumerate(parts))
-        self._under_way: deque[Iterator[None]] = deque()
+        self._under_way: list[Iterator[None]] = []
+        self._failed: Exception | None = None
 
     def complete(self, p: int) -> None:
         """All of this rank's gradients of parameter ``p`` are there."""
@@ -40,19 +44,33 @@ class Lockstep:
             self._start()
 
     def finish(self) -> None:
-        """Starts what is left, and waits for all."""
+        """Starts what is left, and waits for all.
+
+        Raises:
+            Exception: what went wrong first, in any part.
+        """
         while self._parts:
             self._start()
         while self._under_way:
             self._move()
+        if self._failed is not None:
+            raise self._failed
 
     def _start(self) -> None:
         self._move()
-        stages = self._stages(self._parts.popleft()[1])
-        self._under_way.append(stages)
-        next(stages)
+        self._under_way.append(self._stages(self._parts.popleft()[1]))
+        self._advance(self._under_way[-1])
 
     def _move(self) -> None:
         for stages in list(self._under_way):
-            if next(stages, self) is self:
-                self._under_way.remove(stages)
+            self._advance(stages)
+
+    def _advance(self, stages: Iterator[None]) -> None:
+        try:
+            over = next(stages, self) is self
+        except Lost:
+            raise
+        except Exception as error:
+            self._failed, over = self._failed or error, True
+        if over:
+            self._under_way.remove(stages)

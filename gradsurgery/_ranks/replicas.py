@@ -24,7 +24,7 @@ from .wire import Wire
 if TYPE_CHECKING:
     from .._surgery import Surgery
 
-PASS, _COMBINE, _REFUSE = range(3)
+PASS, PREPARE, _COMBINE, _REFUSE = range(4)
 _KINDS = ("given", "alike", "mixed", "sum")
 _COUNTED = 0b1100  # the kinds that are known ahead of a pass
 
@@ -205,7 +205,7 @@ class Replicas(Ranks):
         able = bool(self._surgery.streaming) and not self._surgery.reuse.rests and not staying_sparse(mask)
         facts = Facts(_COMBINE, self._kind_bits, digest_of(mask), int(able), self._order_digest)
         table = self._meet(facts)
-        while any(theirs.doing == PASS for theirs in table):
+        while any(theirs.doing != _COMBINE for theirs in table):
             self._wait(table)
             if self._streams:
                 return True
@@ -325,6 +325,8 @@ class Replicas(Ranks):
 
     def confirm(self, error: Exception | None) -> None:
         if not self._streams:
+            if error is not None:  # of the rule, say: all ranks see the same
+                raise error
             return
         left = [p for p, rows in enumerate(self._surgery.gradients.rows) if rows.tasks]
         if error is None and (left or self._surprise):

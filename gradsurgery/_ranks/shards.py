@@ -21,8 +21,8 @@ from .alone import Meeting, Outlook
 from .buckets import parted
 from .lockstep import Lockstep
 from .reach import digest_of, promised
-from .replicas import PASS, Facts, Replicas, unforeseen
-from .unsharded import Inflow, Whole, why_not_whole
+from .replicas import PASS, PREPARE, Facts, Replicas, unforeseen
+from .unsharded import Inflow, Whole, adding_up, why_not_whole
 
 if TYPE_CHECKING:
     from .._surgery import Surgery
@@ -94,7 +94,9 @@ class Shards(Replicas):
         if outlook is not None:
             return self._meet_mixed(losses, counts, outlook)
         if self._fsdp:
-            table = self._meet(Facts(PASS, 0, digest({"tasks": str(present.tolist())})))
+            self._settled = False
+            self._kinds.add(counts.kind)
+            table = self._meet(Facts(PASS, self._kind_bits, digest({"tasks": str(present.tolist())})))
             if len(set(table)) > 1:
                 self._wait(table)
         return super().meet(losses, present, counts, ahead=True)
@@ -106,11 +108,11 @@ class Shards(Replicas):
         self._told = promised(reach, len(losses))
         facts = Facts(PASS, self._kind_bits, digest_of(self._told), int(outlook.verify), self._order_digest)
         table = self._meet(facts)
+        if any(theirs.doing != PASS for theirs in table):
+            self._wait(table)
         self._check_kinds(table)
         if len({theirs.streams for theirs in table}) > 1:
             raise ValueError("The ranks disagree about the settings: `verify` is True on some, and False on others.")
-        if any(theirs.doing != PASS for theirs in table):
-            self._wait(table)
         gradients = self._surgery.gradients
         self._reaches.learn(tuple(theirs.reach for theirs in table), self._told)
         if len({theirs.order for theirs in table}) > 1 or not table[0].order:
@@ -123,6 +125,9 @@ class Shards(Replicas):
 
     def inflow(self, trained: Sequence[int]) -> Inflow | None:
         if self._whole is None:
+            table = self._meet(Facts(PREPARE, self._kind_bits))  # is everyone here? What follows would wait for ever
+            if any(theirs.doing != PREPARE for theirs in table):
+                self._wait(table)
             self._whole = Whole(self._model, self._surgery.gradients.names, self._wire)
         return Inflow(self._whole, self._surgery.gradients, trained)
 
@@ -143,7 +148,7 @@ class Shards(Replicas):
     ) -> Sequence[Tensor | None]:
         if not self._fsdp:
             return super().plain(losses, seeds, parameters, retain_graph=retain_graph)
-        with plainly(parameters):
+        with plainly(parameters), adding_up(self._model):
             torch.autograd.backward([losses], [seeds], retain_graph=retain_graph)
             found = [parameter.grad for parameter in parameters]
         return [g.to_local() * self.divisor if isinstance(g, DTensor) else g for g in found]
@@ -154,11 +159,12 @@ class Shards(Replicas):
     def _wait(self, table: Sequence[Facts]) -> None:
         if not self._fsdp:
             return super()._wait(table)
+        self._check_kinds(table)
         raise ValueError(
-            "The ranks bring different tasks, or one of them has no more backward passes in this step. FSDP2 exchanges "
-            "gradients in each backward pass, so that every rank needs the same tasks. Where a rank has no samples of one, "
-            "pass a loss of zero that depends on the model, and samples={...: 0} for it. After split(), tasks may differ, "
-            "but every rank needs as many backward passes."
+            "The ranks bring different tasks, or one of them has no more backward passes in this step, or no split(). "
+            "FSDP2 exchanges gradients in each backward pass, so that every rank needs the same tasks. Where a rank has no "
+            "samples of one, pass a loss of zero that depends on the model, and samples={...: 0} for it. After split(), "
+            "tasks may differ, but every rank needs as many backward passes."
         )
 
     def reduce(self, gradients: TaskGradients) -> TaskGradients:

@@ -30,6 +30,34 @@ def why_not_whole(parameters: Mapping[str, Tensor], ranks: Sequence[int]) -> str
     return ""
 
 
+def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
+    """Those that ``fully_shard`` was called on."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+@contextmanager
+def adding_up(model: nn.Module) -> Iterator[None]:
+    """Lets FSDP2 finish each backward pass, and add up what it brings, whatever was set for gradients that accumulate: what
+    stays behind would be taken for a part of the next task's gradients."""
+    modules: list[Any] = fsdp_modules(model)
+    places = [
+        place
+        for module in modules
+        for place in (
+            (module._get_fsdp_state()._state_ctx, "is_last_backward"),
+            *((group, name) for group in _groups(module) for name in ("reduce_grads", "all_reduce_grads")),
+        )
+    ]
+    before = [getattr(*place) for place in places]
+    try:
+        for owner, name in places:
+            setattr(owner, name, True)
+        yield
+    finally:
+        for (owner, name), value in reversed(list(zip(places, before, strict=True))):
+            setattr(owner, name, value)
+
+
 class Whole:
     """The whole parameters that FSDP2 puts into the graph in place of its shards. The same tensors in each step.
 
@@ -42,7 +70,7 @@ class Whole:
     def __init__(self, model: nn.Module, names: Sequence[str], wire: Wire) -> None:
         self.wire = copy.copy(wire)
         self.wire.group = dist.new_group(wire.names, use_local_synchronization=True)
-        modules: list[FSDPModule] = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        modules = fsdp_modules(model)
         wanted = set(names)
         before = {name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)}
         for module in modules:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
@@ -19,13 +19,18 @@ class Backward:
 
     FSDP2 puts together each layer's parameters, and adds up gradients, in hooks that other ways around do not call. Losses
     come in the order of their tasks, the same on all ranks.
+
+    Attributes:
+        around: what these calls happen in.
     """
+
+    around: Callable[[], AbstractContextManager[None]] = field(repr=False)
 
     def __call__(
         self, roots: Sequence[Root], parameters: Sequence[Tensor], rows: Sequence[Rows], *, retain_graph: bool
     ) -> None:
         roots = sorted(roots, key=lambda root: root.task)
-        with plainly(parameters):
+        with plainly(parameters), self.around():
             for i, root in enumerate(roots):
                 for parameter in parameters:
                     parameter.grad = None
