@@ -57,6 +57,11 @@ class Job:
         return self._others * (1 + 2 * self.tasks) * self.parameters * self.itemsize
 
     @property
+    def sent_sharded_mixed(self) -> float:
+        """With FSDP2 and mixed batches: parameters for the forward pass and for the backward pass, and all rows."""
+        return self._others * (2 + self.tasks) * self.parameters * self.itemsize
+
+    @property
     def sent_sharded_plain(self) -> float:
         """Of plain training with FSDP2."""
         return self._others * 3 * self.parameters * self.itemsize

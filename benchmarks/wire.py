@@ -19,6 +19,7 @@ import gradsurgery as gs
 from .report import Figure, Options
 
 _TASKS = 8
+_MIXED = "a mixed batch, streamed"
 
 
 def wire(options: Options) -> list[Figure]:
@@ -26,7 +27,7 @@ def wire(options: Options) -> list[Figure]:
     width = 16 if options.quick else 512
     figures = []
     for ranks in (2,) if options.quick else (2, 4):
-        for model in ("a head for each task", "all shared"):
+        for model in ("a head for each task", "all shared", _MIXED):
             plain, ours = measured(ranks, width, model)
             calls = ", ".join(f"{count} {name}" for name, count in sorted(ours.calls.items()))
             print(f"  {ranks} ranks, {model}: {calls}")
@@ -128,11 +129,16 @@ def _rank(rank: int, ranks: int, width: int, model: str, store: str, pipe: Any) 
 
 def _new(width: int, model: str) -> nn.parallel.DistributedDataParallel:
     torch.manual_seed(0)
-    return nn.parallel.DistributedDataParallel(Network(width, heads=model != "all shared"))
+    return nn.parallel.DistributedDataParallel(Network(width, heads=model == "a head for each task"))
+
+
+def _wide(width: int, model: str) -> int:
+    return 2 * width if model == _MIXED else width  # enough for several parts
 
 
 def plain_step(rank: int, ranks: int, width: int, model: str) -> Traffic:
     """A second step of DistributedDataParallel."""
+    width = _wide(width, model)
     network = _new(width, model)
     for step in range(2):
         x = torch.randn(8, width, generator=torch.Generator().manual_seed(10 * step + rank))
@@ -144,13 +150,19 @@ def plain_step(rank: int, ranks: int, width: int, model: str) -> Traffic:
 
 def surgery_step(rank: int, ranks: int, width: int, model: str) -> Traffic:
     """A second step with surgery."""
+    width = _wide(width, model)
     network = _new(width, model)
     sgd = torch.optim.SGD(network.parameters(), lr=0.01)
-    opt = gs.SurgeryOptimizer(sgd, gs.GradVac(), model=network, groups="layer")
+    opt = gs.SurgeryOptimizer(sgd, gs.GradVac(), model=network, groups="layer", tasks=_TASKS)
     for step in range(2):
         x = torch.randn(8, width, generator=torch.Generator().manual_seed(10 * step + rank))
         with Counting(ranks) as counting:
-            opt.backward(network(x))
+            if model == _MIXED:
+                with opt.split(torch.arange(8) % _TASKS):
+                    losses = network.module.heads[0](network.module.trunk(x)).square().mean(1)
+                opt.backward(losses)
+            else:
+                opt.backward(network(x))
             opt.step()
         opt.zero_grad()
     return counting.traffic

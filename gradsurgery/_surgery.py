@@ -20,12 +20,12 @@ from ._gradients import TaskGradients
 from ._joint import joint_loss
 from ._losses import Losses, read_losses, task_names
 from ._mixed import MixedBatch
-from ._ranks import Lost, Meeting, Outlook, Ranks
+from ._ranks import Lockstep, Lost, Meeting, Outlook, Ranks
 from ._reuse import Reuse
 from ._rule import State, implements
 from ._state import guarded, loaded
 from ._step import Step
-from ._stream import Lockstep, Stream, Streaming
+from ._stream import Stream, Streaming
 from .sources import Root, Source
 from .sources._split import Pass
 
@@ -321,35 +321,40 @@ class Surgery:
         values, single, outlook = batch.values(losses, self.per_task), None, None
         trained = self._trained()
         parameters = [self.gradients.parameters[p] for p in trained]
+        inflow = self.ranks.inflow(trained)
+        rows, names = [self.gradients.rows[p] for p in trained], [self.gradients.names[p] for p in trained]
         if not self.reuse.rests:
-            rows, names = [self.gradients.rows[p] for p in trained], [self.gradients.names[p] for p in trained]
+            leaves, own = (parameters, rows) if inflow is None else (inflow.leaves, inflow.rows)
             with _partial(), donated_buffers_explained():
-                single = Pass(losses, batch.labels(losses), parameters, rows, names)
+                single = Pass(losses, batch.labels(losses), leaves, own, names)
             stream = bool(self.streaming) and not verify and self._usual_passes == len(self.passes) + 1
-            outlook = Outlook(stream, partial(self._outlook, single, trained))
+            outlook = Outlook(stream, verify, partial(self._outlook, single, trained))
         factors, streams = self._begin(values, batch.present, scaler, seed, batch.counts(losses), outlook)
         if single is None:
-            own, shared = ([batch.seeds(losses, factors * w)] for w in (self.reuse.own, self.reuse.weights))
+            alone, shared = ([batch.seeds(losses, factors * w)] for w in (self.reuse.own, self.reuse.weights))
             with _partial():
-                self.reuse.gradients([losses], own, shared, self.gradients, retain_graph, self._add_rested)
+                self.reuse.gradients([losses], alone, shared, self.gradients, retain_graph, self._add_rested)
             return
+        if inflow is not None:
+            factors = factors / self.ranks.divisor  # rows are added up here, where others take means
         seeds = batch.seeds(losses, factors)
         with _partial(), donated_buffers_explained():
             if streams:
                 self._run_streaming(single, trained, seeds, retain_graph)
+            elif inflow is not None:
+                self.ranks.run(single, inflow, seeds, retain_graph=retain_graph or verify)
             else:
                 single.run(seeds, retain_graph=retain_graph or verify)
             if verify:
                 weights = 0.5 + torch.rand(len(factors), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
                 weights = weights.to(factors)
-                plain = torch.autograd.grad(
-                    [losses],
-                    parameters,
-                    [batch.seeds(losses, factors * weights)],
-                    retain_graph=retain_graph,
-                    allow_unused=True,
-                )
-                single.verify(weights, plain)
+                weighted, failed = batch.seeds(losses, factors * weights), None
+                plain = self.ranks.plain(losses, weighted, parameters, retain_graph=retain_graph)
+                try:
+                    single.verify(weights, plain, rows)
+                except RuntimeError as error:
+                    failed = error
+                self.ranks.together(failed)
                 self._verify = False
 
     def _outlook(self, single: Pass, trained: Sequence[int]) -> tuple[list[set[int]], list[int]]:
@@ -365,7 +370,7 @@ class Surgery:
         parts = self.ranks.parts
         stream: Stream | Lockstep = Stream(self.gradients, combination, awaited)
         if parts is not None:
-            stream = Lockstep(combination, parts, awaited)
+            stream = Lockstep(combination.stages, parts, awaited)
 
         def run() -> None:
             new, complete = self.gradients.arena.take, stream.complete
@@ -378,15 +383,15 @@ class Surgery:
         """Combines what ``run`` brings; or, where anything goes wrong on any rank, leaves everything as it was on all."""
         failed: Exception | None = None
         try:
-            try:
-                run()
-            except Lost:
-                raise
-            except Exception as error:
-                if self.ranks.size == 1:
+            for work in (run, stream.finish):
+                try:
+                    work()
+                except Lost:
                     raise
-                failed = error  # the others are not to wait for the rest of this rank's rows
-            stream.finish()
+                except Exception as error:
+                    if self.ranks.size == 1:
+                        raise
+                    failed = failed or error  # the others are not to wait for the rest of this rank's rows
             self.ranks.confirm(failed)
         except BaseException:
             combination.undo()
@@ -485,7 +490,7 @@ class Surgery:
         assert self.tasks is not None
         if self.ranks.parts is not None:
             combination = self._combination(self.gradients, undoable=True)
-            self._combine_in(Lockstep(combination, self.ranks.parts), combination, lambda: None)
+            self._combine_in(Lockstep(combination.stages, self.ranks.parts), combination, lambda: None)
             return
         gradients = self.ranks.reduce(self.gradients if self.features is None else self.features)
         if self.nonfinite != "propagate":

@@ -9,8 +9,10 @@ import time
 import traceback
 import warnings
 
-TIMEOUT = 90  # seconds for a job; a collective gives up much earlier
-COLLECTIVE = 20
+# Seconds: so many that a busy machine is not taken for a rank that hangs. Only such a rank ever takes as long.
+START = 600  # to import what tests need
+TIMEOUT = 300  # for a job; a collective gives up much earlier
+COLLECTIVE = 60
 
 
 def _serve(rank, pipe, path):
@@ -18,8 +20,11 @@ def _serve(rank, pipe, path):
     warnings.simplefilter("error")
     import torch
     import torch.distributed as dist
+    import torch.distributed.fsdp
+    import torch.distributed.tensor.parallel  # which takes a while, and must not happen when others wait in a collective
 
     torch.set_num_threads(1)
+    pipe.send(("ready", None))
     while True:
         job = pipe.recv()
         if job is None:
@@ -85,13 +90,19 @@ class Ranks:
         return "did not answer", ""
 
     def _start(self):
-        context = mp.get_context("spawn")
+        context, started = mp.get_context("spawn"), []
         for rank in range(len(self._workers), self.size):
             ours, theirs = context.Pipe()
             worker = context.Process(target=_serve, args=(rank, theirs, sys.path), daemon=True)
             worker.start()
             theirs.close()
             self._workers.append((worker, ours))
+            started.append((worker, ours))
+        deadline = time.monotonic() + START
+        answers = [self._answer(worker, pipe, deadline)[0] for worker, pipe in started]
+        if set(answers) - {"ready"}:
+            self.stop()
+            raise AssertionError(f"processes did not start: {answers}")
 
     def stop(self):
         """Kills all processes."""

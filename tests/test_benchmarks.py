@@ -146,19 +146,31 @@ def test_model_of_costs_against_counts(ranks, count):
         assert shard == pytest.approx(job.shard, rel=0.001)
 
 
-def _counted_sharded(rank, count, width, tasks):
+class Mixed(Network):
+    """Each sample's loss."""
+
+    def forward(self, x):
+        return self.heads[0](self.trunk(x)).square().mean(1)
+
+
+def _counted_sharded(rank, count, width, tasks, mixed=False):
     torch.manual_seed(0)
-    network = Network(width, heads=False)
+    network = (Mixed if mixed else Network)(width, heads=False)
     for part in (*network.trunk, *network.heads, network):
         if list(part.parameters()):
             fully_shard(part)
     sgd = torch.optim.SGD(network.parameters(), lr=0.01)
-    opt = gs.SurgeryOptimizer(sgd, gs.Sum(), model=network)
+    opt = gs.SurgeryOptimizer(sgd, gs.Sum(), model=network, tasks=tasks)
     for step in range(2):
         x = torch.randn(8, width, generator=torch.Generator().manual_seed(10 * step + rank))
         with Counting(count) as wire:
-            losses = network(x)
-            opt.backward({str(k): losses[str(k)] for k in range(tasks)})
+            if mixed:
+                with opt.split(torch.arange(8) % tasks):
+                    losses = network(x)
+                opt.backward(losses)
+            else:
+                losses = network(x)
+                opt.backward({str(k): losses[str(k)] for k in range(tasks)})
             opt.step()
         opt.zero_grad()
     return wire.traffic.sent, sum(p.numel() for p in network.parameters())
@@ -170,6 +182,8 @@ def test_model_of_what_sharded_training_sends(ranks, count):
     for tasks in (1, 8):
         sent, parameters = ranks(count, _counted_sharded, count, 64, tasks)[0]
         assert sent == pytest.approx(Job(count, tasks, parameters).sent_sharded, rel=0.01)
+        mixed, _ = ranks(count, _counted_sharded, count, 64, tasks, True)[0]
+        assert mixed == pytest.approx(Job(count, tasks, parameters).sent_sharded_mixed, rel=0.01)
 
 
 @pytest.mark.distributed

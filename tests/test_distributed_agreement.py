@@ -250,6 +250,12 @@ def choices(rank):
         opt.__getstate__()["_surgery"].__getstate__()
     except TypeError as error:
         found["copied"] = str(error)
+    wrapped, _ = make(rank, nn.parallel.DistributedDataParallel(model), process_group=None)
+    try:
+        with wrapped.join():
+            wrapped(batch(rank))
+    except RuntimeError as error:
+        found["joined"] = str(error)
     return found
 
 
@@ -263,6 +269,7 @@ def test_it_has_to_be_clear_which_processes_train_together(ranks):
         assert "pass model.module" in found["alone in a group"]
         assert "static_graph=True" in found["static"]
         assert "save its state_dict()" in found["copied"]
+        assert "call combine() or step() on that rank all the same" in found["joined"]
 
 
 def test_without_torch_distributed():

@@ -96,6 +96,9 @@ def shard(model, how):
     for block in model.blocks:
         fully_shard(block, **settings, mp_policy=MixedPrecisionPolicy(**half))
     fully_shard(model, **settings, mp_policy=MixedPrecisionPolicy(**half, output_dtype=torch.float32 if half else None))
+    if how == "quiet":
+        model.set_requires_gradient_sync(False)
+        model.set_is_last_backward(False)
 
 
 def train(model, opt, ranks, dtype, steps):
@@ -166,6 +169,10 @@ def test_coordinates(ranks, how):
     check(ranks, 2, how, gs.Chain(gs.UncertaintyWeighting(), gs.TrimmedMean(1)), torch.float64, steps=5)
 
 
+def test_settings_for_gradients_that_accumulate(ranks):
+    check(ranks, 2, "quiet", gs.PCGrad(), torch.float64, steps=5)
+
+
 def test_mixed_precision(ranks):
     check(ranks, 2, "half", gs.PCGrad(), torch.float32, close=0.02, steps=3)
 
@@ -191,7 +198,8 @@ def refusals(rank):
     attempt("nameless", lambda: gs.SurgeryOptimizer(sgd, gs.PCGrad()))
 
     def split():
-        other = gs.SurgeryOptimizer(sgd, gs.PCGrad(), model=model, tasks=TASKS)
+        divided, _ = new(torch.float32, "tensor", gs.PCGrad())
+        other = gs.SurgeryOptimizer(torch.optim.SGD(divided.parameters()), gs.PCGrad(), model=divided, tasks=TASKS)
         with other.split([0, 1]):
             pass
 
@@ -226,7 +234,7 @@ def test_what_cannot_be_done_with_sharded_parameters(ranks):
     assert "leave out reduce='result'" in first["result"]
     assert "leave out process_group=False" in first["alone"]
     assert "pass `model` too" in first["nameless"]
-    assert "single pass needs whole ones. Call backward() with one loss for each task" in first["split"]
+    assert "the single pass needs whole parameters. Call backward() with one loss for each task" in first["split"]
     for name in ("different", "fewer"):
         assert "every rank needs the same tasks" in first[name]
         assert "samples={...: 0}" in first[name]

@@ -3,6 +3,8 @@
 import re
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ import gradsurgery as gs
 pytestmark = pytest.mark.distributed
 
 STEPS = 5
+STREAMS = {}, {"stream": False}
 
 
 @contextmanager
@@ -76,6 +79,15 @@ def streamed(opt):
     return opt._surgery._done == "streamed"
 
 
+def made(settings):
+    """With a table of so many words in place of six."""
+    settings = dict(settings)
+    if words := settings.pop("words", None):
+        torch.manual_seed(3)
+        settings["model"] = Everything(words)
+    return settings
+
+
 def passes_of(rank, step, passes):
     """The samples of each backward pass of a rank in a step."""
     return [100 * step + number for number in range(passes[rank][step % len(passes[rank])])]
@@ -83,7 +95,7 @@ def passes_of(rank, step, passes):
 
 def train(rank, dtype, rule, passes, settings):
     with small_parts() as counts:
-        model, opt = new(rule, dtype, **settings)
+        model, opt = new(rule, dtype, **made(settings))
         seen, inside, calls = [], [], []
         for step in range(STEPS):
             counts.clear()
@@ -99,7 +111,7 @@ def train(rank, dtype, rule, passes, settings):
 
 
 def alone(count, dtype, rule, passes, settings):
-    model, opt = new(rule, dtype, process_group=None, stream=False, check_ranks=False, **settings)
+    model, opt = new(rule, dtype, process_group=None, stream=False, check_ranks=False, **made(settings))
     seen = []
     for step in range(STEPS):
         # What several passes of one rank add up to is a pass of the concatenated batches of theirs at the same time.
@@ -193,6 +205,21 @@ def test_other_settings(ranks):
     for ours, theirs in zip(results, others, strict=True):
         compare(ours[0], theirs[0], 1e-12)
         assert all(equal(a, b) for a, b in zip(ours[1], results[0][1], strict=True))
+
+
+def test_embeddings_whose_rows_are_sparse(ranks):
+    results = check(ranks, 2, torch.float64, words=500)
+    check(ranks, 2, torch.float64, words=500, passes=[[2], [2]])
+    after = ranks(2, train, torch.float64, None, [[1]] * 2, {"words": 500, "stream": False})
+    for ours, theirs in zip(results, after, strict=True):
+        assert ours[2] == [False] + [True] * (STEPS - 1)
+        # Entries travel: indices and values are gathered.
+        assert ours[5][-1]["start_all_gather"] >= theirs[5][-1]["start_all_gather"]
+        assert ours[5][-1]["gather_objects"] == theirs[5][-1]["gather_objects"] == 1
+    cheap = [ranks(2, train, torch.float64, None, [[1]] * 2, {"words": 500, "reduce": "result", **s}) for s in STREAMS]
+    for ours, theirs in zip(*cheap, strict=True):
+        assert ours[2] == [False] + [True] * (STEPS - 1)
+        compare(ours[0], theirs[0], 1e-12)
 
 
 # --- In the same order, whatever is complete first ----------------------------------------------------------------------
@@ -332,6 +359,49 @@ def test_an_error_on_one_rank_changes_nothing_on_all(ranks, way):
     assert re.match(r"RuntimeError: Rank 1 failed in the backward pass .* Its error: ZeroDivisionError", results[0][1][0])
     for (ours, texts), (theirs, _) in zip(results, expected, strict=True):
         assert len(texts) == 1
+        assert equal(ours, theirs)
+
+
+@dataclass(frozen=True)
+class Picky(gs.PCGrad):
+    """Does not like the third part of a step."""
+
+    parts: ClassVar[list[int]] = [0]  # of this step, until now
+
+    def mix(self, gram, state, *, active, generator):
+        self.parts[0] += 1
+        if self.parts[0] == 3:
+            raise ZeroDivisionError("of the rule")
+        return super().mix(gram, state, active=active, generator=generator)
+
+
+def picky(rank, way):
+    with small_parts():
+        model, opt = new(Picky(), model=deep())
+        texts = []
+        for step in range(4):
+            Picky.parts[0] = 0 if step == 2 else 100
+            if way == "none" and step == 2:
+                continue
+            generator = torch.Generator().manual_seed(10 * step + rank)
+            try:
+                if not (way == "without samples" and rank == 0 and step == 2):
+                    with opt.split(torch.arange(8) % 4):
+                        found = model(torch.randn(8, 4, generator=generator, dtype=torch.float64)).square().sum(1)
+                    opt.backward(found)
+                opt.step()
+            except ZeroDivisionError as error:
+                texts.append(str(error))
+                assert all(p.grad is None for p in model.parameters())
+            opt.zero_grad()
+        return [p.detach() for p in model.parameters()], texts
+
+
+@pytest.mark.parametrize("way", ["with samples", "without samples"])
+def test_an_error_of_the_rule_is_one_on_all_ranks(ranks, way):
+    expected = ranks(2, picky, "none")
+    for (ours, texts), (theirs, _) in zip(ranks(2, picky, way), expected, strict=True):
+        assert texts == ["of the rule"]
         assert equal(ours, theirs)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .._counts import Counts
@@ -13,7 +14,9 @@ from .._rule import State
 
 if TYPE_CHECKING:
     from .._surgery import Surgery
+    from ..sources._split import Pass
     from .rounds import Round
+    from .unsharded import Inflow
 
 
 class Meeting(NamedTuple):
@@ -37,10 +40,12 @@ class Outlook(NamedTuple):
 
     Attributes:
         streams: whether surgery could happen inside it, as far as this rank is concerned.
+        verify: whether a plain backward pass will follow, to compare with.
         look: returns for each parameter the tasks that will reach it, and the order in which parameters will be complete.
     """
 
     streams: bool
+    verify: bool
     look: Callable[[], tuple[Sequence[Collection[int]], Sequence[int]]]
 
 
@@ -88,7 +93,7 @@ class Ranks:
         """This rank cannot go on, since it has another backward pass after surgery: the others are not to wait for it."""
 
     def confirm(self, error: Exception | None) -> None:
-        """At the end of a pass that surgery happened in.
+        """At the end of surgery on one part of the parameters after the other, inside a backward pass or after it.
 
         Args:
             error: what went wrong on this rank, which kept up with the others nevertheless.
@@ -113,6 +118,25 @@ class Ranks:
     def own(self, losses: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         """This rank's part ``[K]`` of the tasks' losses, and which tasks any rank has, given this rank's."""
         return losses, present
+
+    def inflow(self, trained: Sequence[int]) -> Inflow | None:
+        """Where the rows of a single pass go first; None if that is where they belong."""
+        return None
+
+    def run(self, single: Pass, inflow: Inflow, seeds: Tensor, *, retain_graph: bool) -> None:
+        """Runs a single pass whose rows go there."""
+        raise NotImplementedError
+
+    def plain(
+        self, losses: Tensor, seeds: Tensor, parameters: Sequence[Tensor], *, retain_graph: bool
+    ) -> Sequence[Tensor | None]:
+        """Gradients of a plain backward pass, to compare with."""
+        return torch.autograd.grad([losses], parameters, [seeds], retain_graph=retain_graph, allow_unused=True)
+
+    def together(self, error: Exception | None) -> None:
+        """Raises on all ranks what went wrong on one, if their next steps depend on each other."""
+        if error is not None:
+            raise error
 
     def reduce(self, gradients: TaskGradients) -> TaskGradients:
         """The rows of all ranks: those that this rank multiplies and combines."""

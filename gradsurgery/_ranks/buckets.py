@@ -12,6 +12,7 @@ from torch import Tensor
 from .._buffer import Rows
 
 _BYTES = 1 << 25  # of rows, that travel together
+_LITTLE = 1 / 8  # of that: if no more is left over, it travels with the bucket before
 _PART = 1 / 16  # of all rows, at least, that surgery happens on at a time
 
 
@@ -98,12 +99,13 @@ def arranged(reach: Mapping[int, tuple[int, ...]], parameters: Sequence[Tensor],
     buckets = []
     for (count, dtype, device), members in kinds.items():
         places: dict[int, tuple[int, int]] = {}
-        end = 0
-        for i, p in enumerate(members):
-            size = prod(parameters[p].shape) * (2 if parameters[p].is_complex() else 1)
+        sizes = [prod(parameters[p].shape) * (2 if parameters[p].is_complex() else 1) for p in members]
+        left, end = sum(sizes), 0
+        for p, size in zip(members, sizes, strict=True):
             places[p] = end, end + size
-            end += size
-            if end * count * dtype.itemsize >= _BYTES or i + 1 == len(members):
+            end, left = end + size, left - size
+            full = end * count * dtype.itemsize >= _BYTES and left * count * dtype.itemsize >= _LITTLE * _BYTES
+            if full or p == members[-1]:
                 tasks = {q: reach[q] for q in places}
                 buckets.append(Bucket(tasks, places, -(-end // ranks), ranks, dtype, device))
                 places, end = {}, 0

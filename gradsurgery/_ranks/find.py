@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from .._groups import unwrap
 from ..sources import Autograd, Source
 from ..sources._backward import Backward
 from .alone import Ranks
@@ -40,7 +42,7 @@ def ranks_of(
 
         world = dist.group.WORLD if group is None or group is True else group
         assert world is not None
-        return Shards(world, fsdp=_fsdp(model), check=check)
+        return Shards(world, model=unwrap(model), fsdp=_fsdp(model), check=check)
     wrapper = _wrapper(model)
     if wrapper is not None:
         if group is False:
@@ -78,7 +80,9 @@ def source_for(model: nn.Module | None, source: Source, every: int, measure: boo
         raise ValueError("`model` is sharded by FSDP2, which needs source='autograd'.")
     if every > 1 or not measure:
         raise ValueError("`model` is sharded by FSDP2, which needs every=1 and measure=True.")
-    return Backward()
+    from .unsharded import adding_up
+
+    return Backward(partial(adding_up, unwrap(model)))
 
 
 def _sharded(optimizer: torch.optim.Optimizer) -> bool:
@@ -122,4 +126,11 @@ def take_over(wrapper: nn.parallel.DistributedDataParallel) -> None:
 
 
 def _share_buffers(wrapper: nn.Module, args: object) -> None:
+    join: Any = wrapper._join_config
+    if join.enable:
+        raise RuntimeError(
+            "join() of a DistributedDataParallel stands in for a rank that has no more batches, and knows nothing of "
+            "surgery. Leave it out: call combine() or step() on that rank all the same, without backward(), as often as "
+            "the others do."
+        )
     wrapper.__dict__["require_forward_param_sync"] = True  # which it forgets after a forward pass

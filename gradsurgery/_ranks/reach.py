@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import TypeAlias
 
 import numpy as np
@@ -36,7 +37,7 @@ class Reaches:
         """Begins afresh."""
         self._masks: dict[tuple[int, ...], Mask] = {}
         self._arranged: dict[tuple[tuple[int, ...], tuple[int, ...]], list[Bucket]] = {}
-        self._parted: dict[tuple[tuple[int, ...], tuple[str, ...]], list[list[int]]] = {}
+        self._parted: dict[tuple[tuple[int, ...], tuple[str, ...], tuple[int, ...]], list[list[int]]] = {}
 
     def learn(self, key: tuple[int, ...], mask: Mask) -> None:
         """Puts this rank's mask and those of others together, whose digests are the key."""
@@ -51,13 +52,16 @@ class Reaches:
         """For each parameter, the tasks that reached it on any rank."""
         return tuple(tuple(np.flatnonzero(line[:-2]).tolist()) for line in self._masks[self._key])
 
-    def dense(self, p: int) -> bool:
-        """Whether a row of the parameter is dense, on any rank."""
-        return bool(self._masks[self._key][p, -2])
+    def layouts(self, parameters: Iterable[int]) -> dict[int, tuple[bool, bool]]:
+        """For each of the parameters, whether a row is dense on any rank, and whether the combined gradient has to be."""
+        mask = self._masks[self._key]
+        return {p: (bool(mask[p, -2]), bool(mask[p, -1])) for p in parameters}
 
-    def to_be_dense(self, p: int) -> bool:
-        """Whether the combined gradient of the parameter has to be."""
-        return bool(self._masks[self._key][p, -1])
+    def sparse(self) -> list[int]:
+        """The parameters whose rows are sparse on every rank that has some."""
+        mask = self._masks[self._key]
+        found: list[int] = np.flatnonzero(mask[:, :-2].any(1) & (mask[:, -2] == 0)).tolist()
+        return found
 
     def buckets(self, reach: Mapping[int, tuple[int, ...]], gradients: TaskGradients) -> list[Bucket]:
         """Buckets for some parameters, given the tasks that reached each."""
@@ -66,15 +70,18 @@ class Reaches:
             self._arranged[key] = arranged(reach, gradients.parameters, self._wire.size)
         return self._arranged[key]
 
-    def parts(self, order: Sequence[str], gradients: TaskGradients) -> list[list[int]]:
-        """In which parts rows travel, given the order of the surgery groups; those that are not in it come last."""
-        key = self._key, tuple(order)
+    def parts(self, order: Sequence[str], gradients: TaskGradients, loose: AbstractSet[int]) -> list[list[int]]:
+        """In which parts rows travel, given the order of the surgery groups; last come those with loose parameters, whose
+        layout shows late."""
+        key = self._key, tuple(order), tuple(sorted(loose))
         if key not in self._parted:
             groups = list(gradients.groups)
             members: dict[str, list[int]] = {name: [] for name in [*order, *reversed(groups)] if name in gradients.groups}
             for p, group in enumerate(gradients.group_of):
                 members[groups[group]].append(p)
-            self._parted[key] = parted(members.values(), self.tasks, gradients.parameters)
+            early = [own for own in members.values() if loose.isdisjoint(own)]
+            late = [own for own in members.values() if not loose.isdisjoint(own)]
+            self._parted[key] = [part for some in (early, late) for part in parted(some, self.tasks, gradients.parameters)]
         return self._parted[key]
 
 
@@ -99,19 +106,14 @@ def promised(reach: Sequence[Collection[int]], tasks: int) -> Mask:
 
 
 def broken(rows: Rows, promise: Mask, p: int) -> bool:
-    """Whether the rows of parameter ``p`` are not those that were promised."""
+    """Whether the rows of parameter ``p`` are not those that were promised, or are to stay sparse."""
     sparse = rows.maybe_sparse and any(row.is_sparse for row in rows.of.values())
-    return sparse or rows.tasks != tuple(np.flatnonzero(promise[p, :-2]).tolist())
+    return (sparse and not rows.to_be_dense) or rows.tasks != tuple(np.flatnonzero(promise[p, :-2]).tolist())
 
 
-def all_dense(mask: Mask) -> bool:
-    """Whether all rows are dense."""
-    return not len(sparse_ones(mask))
-
-
-def sparse_ones(mask: Mask) -> Sequence[int]:
-    """The parameters whose rows are all sparse."""
-    found: list[int] = np.flatnonzero(mask[:, :-2].any(1) & (mask[:, -2] == 0)).tolist()
+def staying_sparse(mask: Mask) -> list[int]:
+    """The parameters whose rows are sparse, and whose combined gradient is to be so too."""
+    found: list[int] = np.flatnonzero(mask[:, :-2].any(1) & (mask[:, -2] == 0) & (mask[:, -1] == 0)).tolist()
     return found
 
 

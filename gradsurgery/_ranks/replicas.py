@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ from .._gradients import TaskGradients
 from .._rule import State
 from .agreement import Agreement, digest, leaves
 from .alone import Meeting, Outlook, Ranks
-from .reach import Mask, Reaches, all_dense, broken, digest_of, mask_of, promised, sparse_ones
+from .reach import Mask, Reaches, broken, digest_of, mask_of, promised, staying_sparse
 from .rounds import Round
 from .sections import VOLATILE, sections
 from .sparse import Exchange
@@ -24,7 +24,7 @@ from .wire import Wire
 if TYPE_CHECKING:
     from .._surgery import Surgery
 
-PASS, _COMBINE, _REFUSE = range(3)
+PASS, PREPARE, _COMBINE, _REFUSE = range(4)
 _KINDS = ("given", "alike", "mixed", "sum")
 _COUNTED = 0b1100  # the kinds that are known ahead of a pass
 
@@ -73,6 +73,7 @@ class Replicas(Ranks):
         compared = sections(surgery, result=self._result, whole=self.divisor == 1)
         self._agreement = Agreement(self._wire, compared, VOLATILE, self._adopt)
         self._seen: Sequence[str] = ()  # the order in which this rank's groups were complete
+        self._loose: set[int] = set()  # parameters whose rows were sparse in some step, on all ranks
         self.forget()
 
     def _adopt(self, section: str, description: object) -> None:
@@ -82,7 +83,7 @@ class Replicas(Ranks):
     def renew(self) -> None:
         self._agreement.renew()
         self._reaches.forget()
-        self.order, self._seen = (), ()
+        self.order, self._seen, self._loose = (), (), set()
 
     def forget(self) -> None:
         self._kinds: set[str] = set()
@@ -114,7 +115,7 @@ class Replicas(Ranks):
         if outlook is not None:
             promise = self._look(outlook)
             self._promised = promise if self._promised is None else self._promised | promise
-            if outlook.streams and all_dense(rows := self._mask()):
+            if outlook.streams and not staying_sparse(rows := self._mask()):
                 mask = rows | promise
                 facts = facts._replace(reach=digest_of(mask), streams=1, order=self._order_digest)
         return self._enter(self._meet(facts), losses, counts, mask)
@@ -201,10 +202,10 @@ class Replicas(Ranks):
             return False
         mask = self._mask()
         self._notice(mask)
-        able = bool(self._surgery.streaming) and not self._surgery.reuse.rests and all_dense(mask)
+        able = bool(self._surgery.streaming) and not self._surgery.reuse.rests and not staying_sparse(mask)
         facts = Facts(_COMBINE, self._kind_bits, digest_of(mask), int(able), self._order_digest)
         table = self._meet(facts)
-        while any(theirs.doing == PASS for theirs in table):
+        while any(theirs.doing != _COMBINE for theirs in table):
             self._wait(table)
             if self._streams:
                 return True
@@ -223,6 +224,7 @@ class Replicas(Ranks):
             self._shares = [n / total if total else 0.0 for n, total in zip(own, totals, strict=True)]
         mask = self._mask()  # this rank may have learnt the tasks by now
         self._reaches.learn(tuple(theirs.reach for theirs in table), mask)
+        self._loose.update(self._reaches.sparse())
         if kinds & _COUNTED and all(theirs.streams for theirs in table):
             self._part(table)
         return True
@@ -250,7 +252,7 @@ class Replicas(Ranks):
         if self._promised is None or self.why_not_streaming:
             return
         names = self._surgery.gradients.names
-        if sparse := sparse_ones(mask):
+        if sparse := staying_sparse(mask):
             self.why_not_streaming = (
                 f"gradients of {names[sparse[0]]!r} are sparse: how much is to be sent shows at the end of a backward pass"
             )
@@ -266,7 +268,7 @@ class Replicas(Ranks):
         if len({theirs.order for theirs in table}) > 1 or not table[0].order:
             found = self._wire.gather_objects((list(self.order), list(self._seen)))
             self.order = next((order for orders in zip(*found, strict=True) for order in orders if order), ())
-        self.parts = self._reaches.parts(self.order, self._surgery.gradients)
+        self.parts = self._reaches.parts(self.order, self._surgery.gradients, self._loose)
 
     def own(self, losses: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         # Where the shares were known ahead, they are in the losses.
@@ -276,23 +278,8 @@ class Replicas(Ranks):
     # --- Rows ---------------------------------------------------------------------------------------------------------
 
     def reduce(self, gradients: TaskGradients) -> TaskGradients:
-        reach = {p: tasks for p, tasks in enumerate(self._reaches.tasks) if tasks}
-        dense = {p: tasks for p, tasks in reach.items() if self._reaches.dense(p)}
-        exchanged = {}
-        if len(dense) < len(reach):
-            sparse = [p for p in reach if p not in dense]
-            exchange = Exchange(self._wire, [gradients.rows[p] for p in sparse], self._shares)
-            factor = float(self._wire.rank == 0) / (self.size if self._result else 1)
-            for i, p in enumerate(sparse):
-                parameter, tasks, to_be_dense = gradients.parameters[p], reach[p], self._reaches.to_be_dense(p)
-                if to_be_dense and exchange.is_larger(i, parameter, tasks):
-                    dense[p] = tasks
-                else:
-                    exchanged[p] = exchange.rows(i, parameter, tasks, to_be_dense, factor)
-                    gradients.rows[p].clear()
-        self._round = self._new_round(gradients, dense)
-        for p, rows in exchanged.items():
-            self._round.reduced.rows[p] = rows
+        reached = [p for p, tasks in enumerate(self._reaches.tasks) if tasks]
+        self._round = self._new_round(gradients, reached, self._reaches.layouts(reached))
         self._round.start(1)
         return self._round.rows()
 
@@ -300,15 +287,37 @@ class Replicas(Ranks):
         return self._round.gather(combined)
 
     def travel(self, gradients: TaskGradients, parameters: Sequence[int]) -> Round:
-        for p in parameters:
-            self._check_promise(p)
-        reach = self._reaches.tasks
-        found = self._new_round(gradients, {p: reach[p] for p in parameters})
+        layouts = self._reaches.layouts(parameters)
+        if self._streams:
+            for p in parameters:
+                self._check_promise(p)
+            layouts = dict.fromkeys(parameters, (True, True))
+            if loose := [p for p in parameters if p in self._loose]:
+                mask = self._wire.host_max(torch.from_numpy(self._mask()[loose, -2:]))
+                layouts.update((p, (dense, to_be)) for p, (dense, to_be) in zip(loose, mask.bool().tolist(), strict=True))
+        found = self._new_round(gradients, parameters, layouts)
         found.start()
         return found
 
-    def _new_round(self, gradients: TaskGradients, reach: dict[int, tuple[int, ...]]) -> Round:
-        return Round(self._wire, gradients, self._reaches.buckets(reach, gradients), self._shares, result=self._result)
+    def _new_round(
+        self, gradients: TaskGradients, parameters: Sequence[int], layouts: Mapping[int, tuple[bool, bool]]
+    ) -> Round:
+        """What takes these parameters' rows to the others: sparse ones here and now, where that is less."""
+        reach = self._reaches.tasks
+        dense = {p: reach[p] for p in parameters if layouts[p][0]}
+        exchanged = {}
+        if sparse := [p for p in parameters if p not in dense]:
+            exchange = Exchange(self._wire, [gradients.rows[p] for p in sparse], self._shares)
+            factor = float(self._wire.rank == 0) / (self.size if self._result else 1)
+            for i, p in enumerate(sparse):
+                parameter, tasks, to_be_dense = gradients.parameters[p], reach[p], layouts[p][1]
+                if to_be_dense and exchange.is_larger(i, parameter, tasks):
+                    dense[p] = tasks
+                else:
+                    exchanged[p] = exchange.rows(i, parameter, tasks, to_be_dense, factor)
+                    gradients.rows[p].clear()
+        buckets = self._reaches.buckets(dense, gradients)
+        return Round(self._wire, gradients, buckets, self._shares, exchanged, result=self._result)
 
     def _check_promise(self, p: int) -> None:
         if self._streams and broken(self._surgery.gradients.rows[p], self._agreed, p):
@@ -316,23 +325,24 @@ class Replicas(Ranks):
 
     def confirm(self, error: Exception | None) -> None:
         if not self._streams:
+            if error is not None:  # of the rule, say: all ranks see the same
+                raise error
             return
         left = [p for p, rows in enumerate(self._surgery.gradients.rows) if rows.tasks]
         if error is None and (left or self._surprise):
             name = self._surprise or self._surgery.gradients.names[left[0]]
-            error = RuntimeError(
-                f"The gradients of {name!r} in this single pass are of other tasks, or of another layout, than had been "
-                "known ahead, as it was in the steps before, and told to the other ranks. Make the optimizers of all ranks "
-                "with stream=False."
-            )
+            error = unforeseen(name, "Make the optimizers of all ranks with stream=False.")
+        self._raise_together(error)
+
+    def _raise_together(self, error: Exception | None) -> None:
         if any(failed for (failed,) in self._wire.gather_numbers([error is not None])):
             texts = self._wire.gather_objects(None if error is None else f"{type(error).__name__}: {error}")
             if error is not None:
                 raise error
             rank, text = next((r, text) for r, text in zip(self._wire.names, texts, strict=True) if text is not None)
             raise RuntimeError(
-                f"Rank {rank} failed in the backward pass of this step, in which surgery happens too. Gradients and state "
-                f"are what they were before it, on all ranks. Its error: {text}"
+                f"Rank {rank} failed in the backward pass of this step, in which rows travel. Gradients and state are what "
+                f"they were before it, on all ranks. Its error: {text}"
             )
 
     def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -367,3 +377,11 @@ class Replicas(Ranks):
                 "loss scale": leaves({"scale": surgery.scale}),
             }
         )
+
+
+def unforeseen(name: str, remedy: str) -> RuntimeError:
+    """The error for rows that are not those that had been told to the other ranks."""
+    return RuntimeError(
+        f"The gradients of {name!r} in this single pass are of other tasks, or of another layout, than had been known "
+        f"ahead of it, and told to the other ranks. {remedy}"
+    )

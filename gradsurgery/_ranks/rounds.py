@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ class Round:
         gradients: this rank's rows. They are freed.
         buckets: how they travel.
         shares: of this rank in the tasks.
+        exchanged: rows that are there in full already, of parameters in no bucket.
         result: leave rows where they are, and add up what is made of them.
     """
 
@@ -34,6 +35,7 @@ class Round:
         gradients: TaskGradients,
         buckets: Sequence[Bucket],
         shares: Sequence[float],
+        exchanged: Mapping[int, Rows],
         *,
         result: bool,
     ) -> None:
@@ -42,11 +44,12 @@ class Round:
         self._buckets = buckets
         self._shares = shares
         self._result = result
-        self.reduced = gradients.with_rows([Rows() for _ in gradients.rows])
+        self._reduced = gradients.with_rows([exchanged.get(p, Rows()) for p in range(len(gradients.rows))])
         self._waiting: list[tuple[Bucket, Tensor, Waiting]] = []
         self._bucket_of = {p: bucket for bucket in buckets for p in bucket.places}
         self._missing = {bucket: set(bucket.places) for bucket in buckets}
         self._parts: dict[int, Tensor] = {}
+        self._as_they_are: list[tuple[int, Tensor]] = []
         self._back: list[tuple[Bucket, Tensor, Waiting | None]] = []
 
     def start(self, most: int | None = None) -> None:
@@ -67,13 +70,13 @@ class Round:
         """The sums: those that this rank multiplies and combines."""
         while self._waiting:
             self._deliver(*self._waiting.pop(0))
-        return self.reduced
+        return self._reduced
 
     def _deliver(self, bucket: Bucket, shard: Tensor, work: Waiting | None) -> None:
         if work is not None:
             work.wait()
         for p, place in bucket.of_rank(self._wire.rank):
-            self.reduced.rows[p].add_block(bucket.tasks[p], shard[:, place].contiguous(), owned=True)
+            self._reduced.rows[p].add_block(bucket.tasks[p], shard[:, place].contiguous(), owned=True)
 
     def _scale(self, p: int, tasks: Sequence[int]) -> None:
         """This rank's rows times its shares; zero for tasks that only others have."""
@@ -81,7 +84,7 @@ class Round:
         for task in tasks:
             row = rows.of.get(task)
             whole = torch.zeros_like(parameter) if row is None else row * self._shares[task]
-            self.reduced.rows[p].add(task, flat(whole))
+            self._reduced.rows[p].add(task, flat(whole))
         rows.clear()
 
     def start_back(self, combined: Iterable[tuple[int, Tensor]]) -> None:
@@ -90,7 +93,10 @@ class Round:
             self._add_back(p, part)
 
     def _add_back(self, p: int, part: Tensor) -> None:
-        bucket = self._bucket_of[p]
+        bucket = self._bucket_of.get(p)
+        if bucket is None:
+            self._as_they_are.append((p, part))
+            return
         self._parts[p] = part
         self._missing[bucket].discard(p)
         if self._missing[bucket]:
@@ -108,6 +114,8 @@ class Round:
 
     def arrive(self, most: int = 0) -> Iterator[tuple[int, Tensor]]:
         """Whole combined gradients, by parameter, until no more than ``most`` buckets are under way."""
+        yield from self._as_they_are
+        self._as_they_are.clear()
         while len(self._back) > most:
             bucket, whole, work = self._back.pop(0)
             if work is not None:
@@ -115,11 +123,8 @@ class Round:
             yield from bucket.whole(whole, self._own.parameters)
 
     def gather(self, combined: Iterable[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor]]:
-        """Both at a time, with few buckets under way. What did not travel in buckets is as it is."""
+        """Both at a time, with few buckets under way."""
         for p, part in combined:
-            if p not in self._bucket_of:
-                yield p, part
-                continue
             self._add_back(p, part)
             yield from self.arrive(1)
         yield from self.arrive()

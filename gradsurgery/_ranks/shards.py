@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from .._buffer import Rows
 from .._counts import Counts
 from .._gradients import TaskGradients
 from .._rule import State
+from ..sources._backward import plainly
 from .agreement import digest, leaves
 from .alone import Meeting, Outlook
-from .replicas import PASS, Facts, Replicas
+from .buckets import parted
+from .lockstep import Lockstep
+from .reach import digest_of, promised
+from .replicas import PASS, PREPARE, Facts, Replicas, unforeseen
+from .unsharded import Inflow, Whole, adding_up, why_not_whole
 
 if TYPE_CHECKING:
     from .._surgery import Surgery
+    from ..sources._split import Pass
 
 
 class LocalRows(Rows):
@@ -50,19 +58,18 @@ class Shards(Replicas):
 
     Args:
         group: all processes that hold a part of the model.
+        model: the model.
         fsdp: whether FSDP2 is among what divides them.
         check: compare states and random generators after each step.
     """
 
-    def __init__(self, group: dist.ProcessGroup, *, fsdp: bool, check: bool = False) -> None:
+    def __init__(self, group: dist.ProcessGroup, *, model: nn.Module, fsdp: bool, check: bool = False) -> None:
         super().__init__(group, check=check)
+        self._model = model
+        self._whole: Whole | None = None
         self.divisor = self.size  # FSDP2 takes means, and a tensor-parallel group counts its samples once for each rank
         self._fsdp = fsdp
         self.why_not_streaming = "parameters are sharded: rows are complete at the end of a backward pass"
-        self.why_not_split = (
-            "parameters are sharded over several processes, and the single pass needs whole ones. Call backward() with one "
-            "loss for each task"
-        )
 
     def join(self, surgery: Surgery) -> None:
         super().join(surgery)
@@ -74,26 +81,90 @@ class Shards(Replicas):
 
     def _prepare(self) -> None:
         gradients = self._surgery.gradients
-        self._counted = False
+        self._counted, self._whole = False, None
+        named = {n: p for n, p in zip(gradients.names, gradients.parameters, strict=True) if p.requires_grad}
+        why = why_not_whole(named, self._wire.names) if self._fsdp else "the single pass needs whole parameters"
+        self.why_not_split = why and f"parameters are sharded, and {why}. Call backward() with one loss for each task"
         if not all(isinstance(rows, LocalRows) for rows in gradients.rows):
             gradients.rows = [LocalRows(parameter) for parameter in gradients.parameters]
 
     def meet(
         self, losses: Tensor, present: Tensor, counts: Counts, *, ahead: bool, outlook: Outlook | None = None
     ) -> Meeting:
+        if outlook is not None:
+            return self._meet_mixed(losses, counts, outlook)
         if self._fsdp:
-            table = self._meet(Facts(PASS, 0, digest({"tasks": str(present.tolist())})))
+            self._settled = False
+            self._kinds.add(counts.kind)
+            table = self._meet(Facts(PASS, self._kind_bits, digest({"tasks": str(present.tolist())})))
             if len(set(table)) > 1:
                 self._wait(table)
         return super().meet(losses, present, counts, ahead=True)
 
+    def _meet_mixed(self, losses: Tensor, counts: Counts, outlook: Outlook) -> Meeting:
+        self._settled = False
+        self._kinds.add(counts.kind)
+        reach, order = outlook.look()
+        self._told = promised(reach, len(losses))
+        facts = Facts(PASS, self._kind_bits, digest_of(self._told), int(outlook.verify), self._order_digest)
+        table = self._meet(facts)
+        if any(theirs.doing != PASS for theirs in table):
+            self._wait(table)
+        self._check_kinds(table)
+        if len({theirs.streams for theirs in table}) > 1:
+            raise ValueError("The ranks disagree about the settings: `verify` is True on some, and False on others.")
+        gradients = self._surgery.gradients
+        self._reaches.learn(tuple(theirs.reach for theirs in table), self._told)
+        if len({theirs.order for theirs in table}) > 1 or not table[0].order:
+            ours = self.order or [gradients.names[p] for p in order]
+            self.order = self._wire.gather_objects(list(ours))[0]
+        index = {name: p for p, name in enumerate(gradients.names)}
+        one_by_one = dict.fromkeys([*(index[n] for n in self.order if n in index), *reversed(index.values())])
+        self._parts = parted([[p] for p in one_by_one], self._reaches.tasks, gradients.parameters)
+        return self._pass(losses, counts)
+
+    def inflow(self, trained: Sequence[int]) -> Inflow | None:
+        if self._whole is None:
+            table = self._meet(Facts(PREPARE, self._kind_bits))  # is everyone here? What follows would wait for ever
+            if any(theirs.doing != PREPARE for theirs in table):
+                self._wait(table)
+            self._whole = Whole(self._model, self._surgery.gradients.names, self._wire)
+        return Inflow(self._whole, self._surgery.gradients, trained)
+
+    def run(self, single: Pass, inflow: Inflow, seeds: Tensor, *, retain_graph: bool) -> None:
+        assert self._whole is not None
+        stages = partial(inflow.stages, reach=self._reaches.tasks, told=self._told)
+        rows = Lockstep(stages, self._parts, [inflow.trained[i] for i in single.reached])
+        names = self._surgery.gradients.names
+        with self._whole.held([names[inflow.trained[i]] for i in single.late]):
+            single.run(seeds, retain_graph=retain_graph, complete=lambda i: rows.complete(inflow.trained[i]))
+        rows.finish()
+        inflow.finish()
+        remedy = "Call backward() with one loss for each task."
+        self._raise_together(unforeseen(inflow.odd, remedy) if inflow.odd else None)
+
+    def plain(
+        self, losses: Tensor, seeds: Tensor, parameters: Sequence[Tensor], *, retain_graph: bool
+    ) -> Sequence[Tensor | None]:
+        if not self._fsdp:
+            return super().plain(losses, seeds, parameters, retain_graph=retain_graph)
+        with plainly(parameters), adding_up(self._model):
+            torch.autograd.backward([losses], [seeds], retain_graph=retain_graph)
+            found = [parameter.grad for parameter in parameters]
+        return [g.to_local() * self.divisor if isinstance(g, DTensor) else g for g in found]
+
+    def together(self, error: Exception | None) -> None:
+        self._raise_together(error)
+
     def _wait(self, table: Sequence[Facts]) -> None:
         if not self._fsdp:
             return super()._wait(table)
+        self._check_kinds(table)
         raise ValueError(
-            "The ranks bring different tasks, or one of them has no more backward passes in this step. FSDP2 exchanges "
-            "gradients in each backward pass, so that every rank needs the same tasks. Where a rank has no samples of one, "
-            "pass a loss of zero that depends on the model, and samples={...: 0} for it."
+            "The ranks bring different tasks, or one of them has no more backward passes in this step, or no split(). "
+            "FSDP2 exchanges gradients in each backward pass, so that every rank needs the same tasks. Where a rank has no "
+            "samples of one, pass a loss of zero that depends on the model, and samples={...: 0} for it. After split(), "
+            "tasks may differ, but every rank needs as many backward passes."
         )
 
     def reduce(self, gradients: TaskGradients) -> TaskGradients:

@@ -101,6 +101,10 @@ class Waiting:
         self._work = work
         self._source: Tensor | None = source
 
+    def is_done(self) -> bool:
+        """Whether the result is there."""
+        return bool(self._work.is_completed())
+
     def wait(self) -> None:
         """Returns when the result is there (on a GPU: when it will be, for what is launched next)."""
         with _explained("exchanging gradients"):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
@@ -18,14 +19,18 @@ class Backward:
 
     FSDP2 puts together each layer's parameters, and adds up gradients, in hooks that other ways around do not call. Losses
     come in the order of their tasks, the same on all ranks.
+
+    Attributes:
+        around: what these calls happen in.
     """
+
+    around: Callable[[], AbstractContextManager[None]] = field(repr=False)
 
     def __call__(
         self, roots: Sequence[Root], parameters: Sequence[Tensor], rows: Sequence[Rows], *, retain_graph: bool
     ) -> None:
         roots = sorted(roots, key=lambda root: root.task)
-        before = [parameter.grad for parameter in parameters]
-        try:
+        with plainly(parameters), self.around():
             for i, root in enumerate(roots):
                 for parameter in parameters:
                     parameter.grad = None
@@ -40,6 +45,16 @@ class Backward:
                 for row, gradient in zip(rows, found, strict=True):
                     if gradient is not None:
                         row.add(root.task, gradient)
-        finally:
-            for parameter, gradient in zip(parameters, before, strict=True):
-                parameter.grad = gradient
+
+
+@contextmanager
+def plainly(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Begins without ``p.grad``, and leaves it as it was."""
+    before = [parameter.grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, gradient in zip(parameters, before, strict=True):
+            parameter.grad = gradient

@@ -377,6 +377,11 @@ def _nll_loss(p: Passage) -> Sequence[Flow] | None:
     return [p.first.reshape((1,) * len(shape))] if p.first.size == 1 else None
 
 
+def _handed_on(p: Passage) -> Sequence[Flow] | None:
+    """What FSDP2 puts around a module's inputs to know when its backward pass is over. Not to be tried out."""
+    return p.labels if len(p.labels) == len(p.inner) else None
+
+
 def _embedding(p: Passage) -> Sequence[Flow]:
     return [SHARED]
 
@@ -459,4 +464,5 @@ RULES: dict[str, Rule] = _table(
     (_nll_loss, "NllLoss NllLoss2D"),
     (_embedding, "Embedding"),
     (_rnn_layer, "MkldnnRnnLayer"),
+    (_handed_on, "RegisterPostBackwardFunction"),
 )

@@ -13,6 +13,7 @@ from torch.autograd.graph import Node
 
 from .labels import NOBODY, SHARED, Flow, Labels, Shape, compact
 from .passage import Passage
+from .saved import freed
 
 
 def call(node: Node, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -71,6 +72,12 @@ def probed(passage: Passage) -> Sequence[Flow]:
     tasks = present(passage.labels)
     if not tasks:
         return [None] * len(passage.inner)
+    if freed(passage.node):
+        raise ValueError(
+            f"split() has to try operation {passage.name} out, but it works on a parameter that FSDP2 does not hold in "
+            "memory ahead of the backward pass. Call fully_shard(..., reshard_after_forward=False) on its module; or "
+            "compute one loss per task, and pass them to backward() as a mapping, without split()."
+        )
     metadata: Any = passage.node._input_metadata
     generator = torch.Generator().manual_seed(0)
     noise = [

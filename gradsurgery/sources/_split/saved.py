@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 from torch.utils import checkpoint
 
@@ -21,6 +23,15 @@ def keep_readable(node: Node) -> None:
             holder = getattr(saved, "data", None) if isinstance(saved, torch._C._autograd.SavedTensor) else None
             if isinstance(holder, checkpoint._Holder) and not isinstance(holder.handles, _Lasting):
                 holder.handles = _Lasting(holder.handles)
+
+
+def freed(node: Any) -> bool:
+    """Whether a tensor that the node keeps has no memory at present, as parameters that FSDP2 will gather again."""
+    kept: list[Any] = [getattr(node, name.removeprefix("_raw"), None) for name in _names(node)]
+    if isinstance(node, BackwardCFunction):
+        kept = list(node.saved_tensors)
+    tensors = [tensor for tensor in kept if isinstance(tensor, Tensor) and tensor.layout == torch.strided]
+    return any(tensor.numel() and not tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
 class _Lasting(dict[Any, Any]):

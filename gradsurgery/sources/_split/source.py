@@ -72,6 +72,18 @@ class Pass:
         """The parameters that gradients will arrive at."""
         return [p for p, count in enumerate(self._awaited) if count]
 
+    @property
+    def late(self) -> list[int]:
+        """The parameters whose gradients, or some of them, are computed when the engine has come to its end."""
+        ends = self._route.ends()
+        found = {p for p, mask in enumerate(self._reach) if mask}
+        for work in self._route.works:
+            if work.passage.node in ends:
+                wanted = [*work.shared, *(w for w, _ in work.labelled)]
+                leaves = [self._route.leaves.get(w.target) for w in wanted]
+                found.update(leaf.parameter for leaf in leaves if leaf is not None)
+        return sorted(found)
+
     def outlook(self) -> tuple[list[set[int]], list[int]]:
         """What is known ahead: the tasks that will reach each parameter, and the order in which parameters are complete."""
         tasks: list[set[int]] = [set() for _ in self._parameters]
@@ -98,19 +110,20 @@ class Pass:
         """The machine precision of the coarsest gradients on the way."""
         return precision(self._route.order)
 
-    def verify(self, weights: Tensor, plain: Sequence[Tensor | None]) -> None:
+    def verify(self, weights: Tensor, plain: Sequence[Tensor | None], rows: Sequence[Rows]) -> None:
         """Compares the rows with a plain backward pass over losses that are weighted by task, which no task's share of a
         gradient can be mistaken in. Waits for the device.
 
         Args:
             weights: of the tasks, ``[K]``.
             plain: for each parameter, ``sum_k w_k dL_k/dp``.
+            rows: of each parameter.
 
         Raises:
             RuntimeError: naming the parameters that differ.
         """
         tolerance = 3 * self.precision**0.5
-        found = differences(self._rows, weights, plain).tolist()
+        found = differences(rows, weights, plain).tolist()
         if bad := [p for p, difference in enumerate(found) if not difference <= tolerance]:
             worst = max(bad, key=found.__getitem__)
             raise RuntimeError(
