@@ -1,7 +1,7 @@
-"""The two-dimensional problem that the field uses (CAGrad, Nash-MTL), through the optimizer wrapper and Adam.
+"""The two-dimensional problem that the field uses (CAGrad, Nash-MTL), and the example that runs all rules on it.
 
 With a learning rate of 1e-3 and 100,000 steps the plain sum is still in its first valley, for two of the three starts, and
-GradVac reaches (0, -8.36) from all three. That takes minutes. Here it is 6,000 steps of 3e-3, which show
+GradVac reaches (0, -8.36) from all three. Here it is 6,000 steps of 3e-3, which show
 
 * that the sum sticks: from the first and third start it is in the valley x2 > 1.9, creeping along it;
 * that GradVac is ahead of it there, half a unit further down the valley (and leaves it after 15,000 to 22,000 steps);
@@ -17,60 +17,113 @@ import torch
 
 import gradsurgery as gs
 from examples.two_dimensional.__main__ import main
-from examples.two_dimensional.problem import Losses, by_hand, distances, losses, pareto_set
-from examples.two_dimensional.run import rules
+from examples.two_dimensional.problem import STARTS, by_hand, distances, losses, pareto_set
+from examples.two_dimensional.run import TASKS, batched, rules, run
 
-STARTS = {"first": (-8.5, 7.5), "second": (-8.5, -5.0), "third": (9.0, 9.0)}
+FIRST, SECOND, THIRD = (-8.5, 7.5), (-8.5, -5.0), (9.0, 9.0)
 LR, STEPS = 3e-3, 6000
+REFUSING = ("FAMO", "GLS", "ScaleInvariant")
+RULES = {name: rule for name, rule in rules().items() if name not in REFUSING}
+every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 
 
-@pytest.mark.parametrize("point", [*STARTS.values(), (-5.0, 2.9), (0.3, -8.0), (5.0, 0.4)])
+@pytest.mark.parametrize("point", [FIRST, SECOND, THIRD, (-5.0, 2.9), (0.3, -8.0), (5.0, 0.4)])
 def test_gradients_by_hand_are_those_of_the_losses(point):
     x = torch.tensor(point, dtype=torch.float64, requires_grad=True)
-    fast = torch.tensor(point, dtype=torch.float64, requires_grad=True)
-    for slow_loss, fast_loss in zip(losses(*x), Losses.apply(fast), strict=True):
-        torch.testing.assert_close(fast_loss, slow_loss)
-        expected = torch.autograd.grad(slow_loss, x, retain_graph=True)
-        torch.testing.assert_close(torch.autograd.grad(fast_loss, fast, retain_graph=True), expected)
+    values, gradients = by_hand(*point)
+    for loss, value, gradient in zip(losses(*x), values, gradients, strict=True):
+        assert value == pytest.approx(loss.item(), rel=1e-12)
+        expected = torch.autograd.grad(loss, x, retain_graph=True)[0]
+        torch.testing.assert_close(torch.tensor(gradient, dtype=torch.float64), expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.fixture(scope="module")
-def end():
-    """Where a rule ends, by start."""
-    ends = {}
-
-    def run(rule, starts, steps):
-        key = rule, tuple(starts), steps
-        if key not in ends:
-            points = [torch.nn.Parameter(torch.tensor(STARTS[start], dtype=torch.float64)) for start in starts]
-            opt = gs.SurgeryOptimizer(torch.optim.Adam(points, lr=LR), rule, groups="tensor")
-            for _ in range(steps):
-                opt.backward(Losses.apply(*points))
-                opt.step()
-                opt.zero_grad()
-            ends[key] = {start: point.tolist() for start, point in zip(starts, points, strict=True)}
-        return ends[key]
-
-    return run
+def ends(paths):
+    return torch.tensor([path.end for path in paths], dtype=torch.float64)
 
 
-def test_the_sum_sticks_where_gradvac_moves_on(end):
-    plain = end(gs.Sum(), ["first", "third"], STEPS)
-    gradvac = end(gs.GradVac(beta=0.01), list(STARTS), STEPS)
-    for start, valley in (("first", -5), ("third", 5)):
-        assert abs(plain[start][0] - valley) < 0.5
-        assert plain[start][1] > 1.9
-        assert gradvac[start][1] < plain[start][1] - 0.1
+@every_rule
+def test_no_start_sees_another(rule):
+    """Starts that are surgery groups of one run have the paths that they have by themselves."""
+    together = run(rule, steps=200)
+    for start, path in list(zip(STARTS, together, strict=True))[1::2]:
+        assert path.points[0] == start
+        (alone,) = run(rule, [start], steps=200)
+        expected = torch.tensor(alone.points)
+        torch.testing.assert_close(torch.tensor(path.points), expected, rtol=0, atol=1e-9)
 
 
-def test_gradvac_reaches_the_minimum_of_the_sum(end):
-    x1, x2 = end(gs.GradVac(beta=0.01), list(STARTS), STEPS)["second"]
+@every_rule
+def test_paths_are_those_of_the_optimizer_wrapper(rule):
+    steps, starts = 25, [STARTS[2], STARTS[3]]  # not (0, 0), a kink: autograd adds up the slopes of both sides
+    for start, end in zip(starts, ends(run(rule, starts, steps=steps, scale=0.5, seed=3)), strict=True):
+        x = torch.nn.Parameter(torch.tensor(start, dtype=torch.float64))
+        opt = gs.SurgeryOptimizer(torch.optim.Adam([x], lr=1e-3), rule, tasks=TASKS, seed=3)
+        for _ in range(steps):
+            first, second = losses(*x)
+            opt.backward([0.5 * first, second])
+            opt.step()
+            opt.zero_grad()
+        torch.testing.assert_close(end, x.detach(), rtol=0, atol=1e-9)
+
+
+class Together(gs.PCGrad):
+    separable = False
+
+
+class Seeing(gs.PCGrad):
+    def observe(self, step, state):
+        return state
+
+
+def test_what_can_be_batched():
+    by_gradients = [gs.Sum(), gs.PCGrad(), gs.GradVac(), gs.MGDA(), gs.NashMTL()]
+    assert all(map(batched, by_gradients))
+    by_losses = [gs.UncertaintyWeighting(), gs.DWA(), gs.GradNorm(), gs.FAMO(), gs.Chain(gs.STCH(), gs.PCGrad())]
+    assert not any(map(batched, [*by_losses, Together(), Seeing()]))
+
+
+@pytest.mark.parametrize("rule", [gs.MGDA(), gs.DWA()], ids=["batched", "not batched"])
+def test_a_path_that_rests_is_at_its_end(rule):
+    start = [(0.3, -8.3), (-0.2, -8.5)]
+    early, late = run(rule, start, steps=4000, lr=LR), run(rule, start, steps=4000, lr=LR, still=0.0)
+    for path, whole in zip(early, late, strict=True):
+        assert path.rests is not None
+        assert path.rests + 1000 <= path.steps < whole.steps == 4000
+        assert path.end == path.points[-1] == pytest.approx(whole.end, abs=1e-5)
+        assert whole.rests is None
+
+
+def test_a_path_that_still_moves_does_not_rest():
+    path = run(gs.Sum(), [FIRST], steps=1000)[0]
+    assert (path.rests, path.steps, len(path.points)) == (None, 1000, 501)
+
+
+def test_a_path_that_diverges_does_not_rest():
+    """Uncertainty weighting makes the weight of a negative loss as large as it can."""
+    path = run(gs.UncertaintyWeighting(lr=1.0), [(3.0, -8.3)], steps=2000)[0]
+    assert math.isnan(path.end[0])
+    assert (path.rests, path.steps) == (None, 2000)
+
+
+def test_random_rules_have_a_seed():
+    first, again, other = (run(gs.RLW(), steps=30, seed=seed) for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def test_the_sum_sticks_where_gradvac_moves_on():
+    plain = run(gs.Sum(), [FIRST, THIRD], steps=STEPS, lr=LR)
+    gradvac = run(gs.GradVac(beta=0.01), [FIRST, THIRD, SECOND], steps=STEPS, lr=LR)
+    for one, other, valley in zip(plain, gradvac, (-5, 5), strict=False):
+        assert abs(one.end[0] - valley) < 0.5
+        assert one.end[1] > 1.9
+        assert other.end[1] < one.end[1] - 0.1
+    x1, x2 = gradvac[2].end  # the minimum of the sum
     assert abs(x1) < 0.1
     assert abs(x2 + 8.355) < 0.01
 
 
-def test_pcgrad_stops_at_another_pareto_point(end):
-    x1, x2 = end(gs.PCGrad(), ["second"], 1500)["second"]
+def test_pcgrad_stops_at_another_pareto_point():
+    x1, x2 = run(gs.PCGrad(), [SECOND], steps=1500, lr=LR)[0].end
     assert abs(x1) > 5  # far from the minimum of the sum
     assert abs(x2 + 8.4) < 0.1
     _, (g1, g2) = by_hand(x1, x2)

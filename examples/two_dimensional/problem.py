@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +40,10 @@ def losses(x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def by_hand(x1: float, x2: float) -> tuple[Pair, tuple[Pair, Pair]]:
-    """The same at one point, and both gradients: several times faster than some thirty operations on tensors."""
+    """The same at one point, and both gradients: several times faster than some thirty operations on tensors.
+
+    Where ``x2 = 0`` the losses have a kink, and these are the slopes from below; ``losses`` and autograd add up both sides.
+    """
     t, slope = math.tanh(-x2), math.tanh(x2) ** 2 - 1
     a1, a2 = 0.5 * (-x1 - 7) - t, 0.5 * (-x1 + 3) + t + 2
     f1, f2 = math.log(max(abs(a1), 5e-6)) + 6, math.log(max(abs(a2), 5e-6)) + 6
@@ -55,28 +57,6 @@ def by_hand(x1: float, x2: float) -> tuple[Pair, tuple[Pair, Pair]]:
     if x2 > 0:
         return (f1 * c, f2 * c), ((df1[0] * c, df1[1] * c + f1 * dc), (df2[0] * c, df2[1] * c + f2 * dc))
     return (-q1 * c, -q2 * c), ((-dq1[0] * c, -dq1[1] * c - q1 * dc), (-dq2[0] * c, -dq2[1] * c - q2 * dc))
-
-
-class Losses(torch.autograd.Function):
-    """``Losses.apply(*points)`` gives ``L1`` and ``L2``, each summed over independent points ``[2]``.
-
-    With a surgery group for each point, the points do not meet: several runs in one.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *points: Tensor) -> tuple[Tensor, ...]:
-        """Both sums."""
-        values, ctx.gradients = zip(*(by_hand(*point.tolist()) for point in points), strict=True)
-        return tuple(points[0].new_tensor(sum(column)) for column in zip(*values, strict=True))
-
-    @staticmethod
-    def backward(ctx: Any, *factors: Tensor) -> tuple[Tensor, ...]:
-        """The gradient of each point."""
-        both = [float(factor) for factor in factors]
-        return tuple(
-            torch.tensor([sum(f * g[d] for f, g in zip(both, own, strict=True)) for d in range(2)], dtype=torch.float64)
-            for own in ctx.gradients
-        )
 
 
 def pareto_set(count: int = 201) -> NDArray[np.float64]:

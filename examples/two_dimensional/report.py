@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from .problem import STARTS, distances, losses, pareto_set
+from .run import Path2D
 
 matplotlib.use("Agg")
 
@@ -17,16 +18,16 @@ import matplotlib.pyplot as plt
 
 NEAR = 0.1  # an end is at the Pareto set if it is nearer than this
 
-Paths = Mapping[str, Sequence[Sequence[tuple[float, float]]]]
+Paths = Mapping[str, Sequence[Path2D]]
 
 
-def table(paths: Paths, steps: int) -> str:
+def table(paths: Paths) -> str:
     """Where each rule ends, from each start, in Markdown: in bold where that is at the Pareto set."""
     curve = pareto_set()
     rows = [["rule", *(f"from ({x1:g}, {x2:g})" for x1, x2 in STARTS), "at the Pareto set"]]
     rows.append(["---"] * len(rows[0]))
     for name, own in paths.items():
-        ends = [path[-1] for path in own]
+        ends = [path.end for path in own]
         near = distances(ends, curve) < NEAR
         cells = [f"({x1:.2f}, {x2:.2f})" for x1, x2 in ends]
         cells = [f"**{cell}**" if reached else cell for cell, reached in zip(cells, near, strict=True)]
@@ -49,7 +50,7 @@ def picture(paths: Paths, file: Path) -> None:
     for ax, (name, own) in zip(axes.flat, paths.items(), strict=False):
         ax.contourf(x1, x2, mean, levels=24, cmap="Greys_r", vmin=-45)
         ax.plot(*curve.T, color="black", linewidth=3, alpha=0.6, solid_capstyle="round")
-        for number, path in enumerate(np.asarray(path) for path in own):
+        for number, path in enumerate(np.asarray(path.points) for path in own):
             color = f"C{number}"
             ax.plot(*path.T, color=color, linewidth=1.3)
             ax.plot(*path[0], "o", color=color, markersize=4, markeredgecolor="white", markeredgewidth=0.6)
