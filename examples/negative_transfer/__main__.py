@@ -41,14 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     study = studies.full(options.data, range(options.seed, options.seed + options.seeds))
     if options.quick:
         study = studies.quick(study)
-    asked = tuple(dict.fromkeys(options.what))
-    if "all" in asked:
-        asked = studies.OUTPUTS if study.emoji and emoji.available(options.cache) else studies.OUTPUTS[:-1]
+    asked = studies.OUTPUTS if "all" in options.what else tuple(dict.fromkeys(options.what))
+    if "emoji" not in options.what and not (study.emoji and emoji.available(options.cache)):
+        asked = tuple(name for name in asked if name != "emoji")
     out = options.out / options.data / ("quick" if options.quick else "full")
     print(plan(study, asked, out, options.jobs), flush=True)
     if "emoji" in asked and not all(kept(name, options.cache).exists() for name in EMOJI):
         print(f"Before that, once: {emoji.COST}.", flush=True)
-    elif study.emoji and "emoji" not in asked and "all" in options.what:
+    if "emoji" not in asked and "all" in options.what and study.emoji:
         print(f"Without emoji, which need npm and\n    {emoji.INSTALL}", flush=True)
     if options.plan:
         return out
