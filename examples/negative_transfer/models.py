@@ -14,7 +14,7 @@ FEATURES = 64
 def encoder(kind: Kind = DIGITS, channels: int = 8) -> nn.Sequential:
     """Samples ``[B, D]`` to features ``[B, 64]``: of pixels, LeNet with strides in place of pooling."""
     if len(kind.shape) == 1:
-        return nn.Sequential(*head(kind.inputs, FEATURES, 128), nn.ReLU())
+        return nn.Sequential(*head(kind.inputs, FEATURES), nn.ReLU())
     return nn.Sequential(
         nn.Unflatten(1, (1, *kind.shape)),
         nn.Conv2d(1, channels, 5, stride=2, padding=2),
