@@ -1,15 +1,14 @@
 """Emoji of two styles, seen by a frozen network that knows ImageNet; the category of each is to be told.
 
-=================  ==========================================================  =================================
-``emoji-twitter``  Twemoji; © Twitter, Inc and other contributors              CC-BY-4.0; npm, `emoji-datasource-twitter`
-``emoji-google``   Noto Color Emoji; Google                                    Apache-2.0; npm, `emoji-datasource-google`
-=================  ==========================================================  =================================
+=================  ==================================================  ==========  ============================
+``emoji-twitter``  Twemoji, © Twitter, Inc and other contributors      CC-BY-4.0   ``emoji-datasource-twitter``
+``emoji-google``   Noto Color Emoji, by Google                         Apache-2.0  ``emoji-datasource-google``
+=================  ==================================================  ==========  ============================
 
-The packages are fetched by ``npm pack`` when they are asked for, and only the network's features are kept. Both have the
-same emoji; here these are brought to one of each. Skin tones are left out, and of emoji that differ by the sex of people,
-or by the direction in which they go, one is there, as of flags that look the same: so that no emoji of one half
-(see :mod:`.protocol`) is all but one of the other. Nine of ten categories are there, of 85 to 264 emoji: the tenth has
-skin tones alone.
+``npm pack`` fetches the packages when they are asked for, and only the network's features are kept. Both have the same
+emoji. Near copies are left out, so that nothing in one half (see :mod:`.protocol`) is all but the same as something in the
+other: skin tones; all but one of the emoji that differ by the sex of people, or by the direction in which they go; flags
+that look like another one. Nine of ten categories are there, of 85 to 264 emoji: the tenth has skin tones alone.
 
 Reference:
     Tan, Le, *EfficientNet*, ICML 2019; EfficientNet-Lite0 is its form without attention, with ReLU6.
