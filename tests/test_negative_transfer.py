@@ -65,15 +65,16 @@ def test_strokes_are_drawn_upwards_and_fill_the_image():
 
 
 def test_domains_that_scikit_learn_has(cache):
-    x, y = data.load("small", cache)
-    edges, same = data.load("edges", cache)
+    x, y, distorted = data.load("small", cache)
+    edges, same, _ = data.load("edges", cache)
+    assert distorted is None
     assert x.shape == edges.shape == (1797, 256)
     assert torch.equal(y, same)
     assert sorted(y.unique().tolist()) == list(range(10))
     for images in (x, edges):
         assert 0 <= images.min() < 0.05
         assert 0.9 < images.max() <= 1
-    again, _ = data.load("small", cache)  # from the folder
+    again = data.load("small", cache).x  # from the folder
     assert torch.equal(x, again)
 
 
@@ -104,7 +105,7 @@ def packages(tmp_path, monkeypatch):
 
 def test_packages_are_read(packages, tmp_path):
     for name, count in (("mnist", 40), ("uci", 20), ("pen", 20)):
-        x, y = data.load(name, tmp_path / "cache")
+        x, y, _ = data.load(name, tmp_path / "cache")
         assert x.shape == (count, 256)
         assert y.shape == (count,)
         assert x.dtype == torch.float32
@@ -127,7 +128,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
 
 
 def test_an_unknown_domain_is_an_error(cache):
-    with pytest.raises(ValueError, match="`name` must be one of mnist, uci, pen, small, edges. Found 'svhn'"):
+    with pytest.raises(ValueError, match="`name` must be one of mnist, uci, pen, .*, emoji-google. Found 'svhn'"):
         data.load("svhn", cache)
 
 
@@ -207,7 +208,7 @@ def test_development_and_evaluation_share_nothing(cache):
     for parts in ([(one.x,) for one in seen], [(one.x_unlabelled, one.x_test) for one in seen]):
         images = [{row.tobytes() for row in torch.cat(part).numpy()} for part in parts]
         assert not images[0] & images[1]
-    _, y = data.load("small", cache)
+    y = data.load("small", cache).y
     assert all(len(one.x) == len(y) // 2 for one in seen)
 
 
@@ -230,6 +231,8 @@ def test_labelled_shares():
         ({"wrong": "some"}, "`wrong` must be 'next' or 'uniform'. Found 'some'"),
         ({"part": "test"}, "`part` must be one of evaluation, development"),
         ({"source": "uci"}, "must be two domains. Found 'uci' twice"),
+        ({"source": "svhn"}, "must be one of mnist, uci, .* Found 'svhn'"),
+        ({"source": "emoji-google"}, "must be of one kind. Found 'emoji-google' and 'uci'"),
     ],
 )
 def test_settings_are_checked(changes, message):

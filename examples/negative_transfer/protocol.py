@@ -2,6 +2,7 @@
 
 Each domain is cut in two halves, once and for all. Everything that was chosen by looking at results was chosen on the
 ``development`` halves; what is reported is of the ``evaluation`` halves, none of whose images was ever looked at before.
+Emoji, where nothing was chosen at all, have the same things in both domains: there the source is of the other half of them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .data import CLASSES, SIDE, load
+from .data import CLASSES, DIGITS, SIDE, Kind, Samples, kind, load
 
 PARTS = ("evaluation", "development")
 _SOURCE, _TARGET, _LABELLED, _IMAGES, _LABELS = range(5)  # what random numbers are for
@@ -32,7 +33,8 @@ class Setting:
         labelled: the share of the target's training images whose labels are given, in percent.
         at_most: no more than so many of them in each class; None for any number.
         wrong: how labels are wrong. ``"next"``: each class is called the next one; ``"uniform"``: a label at random.
-        part: of both domains, ``"evaluation"`` or ``"development"``.
+        part: of both domains, ``"evaluation"`` or ``"development"``; of the target where domains show the same things,
+            and the source is of the other part.
         sources: number of source images, fewer if there are not so many.
         targets: number of target images, half of them to be tested on; fewer likewise.
     """
@@ -62,14 +64,17 @@ class Setting:
             raise ValueError(f"`part` must be one of {', '.join(PARTS)}. Found {self.part!r}.")
         if self.source == self.target:
             raise ValueError(f"`source` and `target` must be two domains. Found {self.source!r} twice.")
+        if kind(self.source or self.target) != kind(self.target):
+            raise ValueError(f"`source` and `target` must be of one kind. Found {self.source!r} and {self.target!r}.")
         if self.sources < 1 or self.targets < 2:
             raise ValueError(f"There must be some data. Found sources={self.sources}, targets={self.targets}.")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Data of one repeat: images ``[n, 256]`` and labels ``[n]`` of the source, the target's labelled training images,
-    all its training images, and its test images; and which source samples were perturbed, ``[n]`` each."""
+    """Data of one repeat: images or features ``[n, D]`` and labels ``[n]`` of the source, the target's labelled training
+    images, all its training images, and its test images; which source samples were perturbed, ``[n]`` each; and what kind
+    of samples they all are."""
 
     x: Tensor
     y: Tensor
@@ -80,6 +85,7 @@ class Problem:
     x_unlabelled: Tensor
     x_test: Tensor
     y_test: Tensor
+    kind: Kind = DIGITS
 
     @property
     def perturbed(self) -> Tensor:
@@ -111,69 +117,85 @@ def make(setting: Setting, seed: int, cache: Path) -> Problem:
     Args:
         setting: which data.
         seed: of the repeat.
-        cache: folder of the cropped images.
+        cache: folder of the cropped images and of the features.
     """
 
     def random(what: int) -> np.random.Generator:
         return np.random.default_rng([seed, what])
 
-    x_target, y_target = _draw(setting.target, setting.part, setting.targets, random(_TARGET), cache)
+    own = kind(setting.target)
+    x_target, y_target, _ = _draw(setting.target, setting.part, setting.targets, random(_TARGET), cache)
     half = len(x_target) // 2
     labelled = choose_labelled(y_target[:half], setting.labelled, setting.at_most, random(_LABELLED))
-    x, y = torch.empty(0, SIDE**2), torch.empty(0, dtype=torch.int64)
+    x, y = torch.empty(0, own.inputs), torch.empty(0, dtype=torch.int64)
     perturbed_x = perturbed_y = torch.empty(0, dtype=torch.bool)
     if setting.source:
-        x, y = _draw(setting.source, setting.part, setting.sources, random(_SOURCE), cache)
-        x, perturbed_x = perturb_images(x, setting.eps_x, random(_IMAGES))
-        y, perturbed_y = perturb_labels(y, setting.eps_y, random(_LABELS), setting.wrong)
+        part = next(other for other in PARTS if other != setting.part) if own.shared else setting.part
+        x, y, distorted = _draw(setting.source, part, setting.sources, random(_SOURCE), cache)
+        x, perturbed_x = perturb_images(x, setting.eps_x, random(_IMAGES), distorted)
+        y, perturbed_y = perturb_labels(y, setting.eps_y, random(_LABELS), setting.wrong, own.classes)
     return Problem(
         *(x, y, perturbed_x, perturbed_y),
-        *(x_target[labelled], y_target[labelled], x_target[:half], x_target[half:], y_target[half:]),
+        *(x_target[labelled], y_target[labelled], x_target[:half], x_target[half:], y_target[half:], own),
     )
 
 
 def choose_labelled(y: Tensor, percent: float, at_most: int | None, random: np.random.Generator) -> Tensor:
     """Indices of a share of the samples, drawn within each class, rounded up there, and no more than ``at_most``."""
     chosen = []
-    for label in range(CLASSES):
+    for label in y.unique().numpy():
         own = np.flatnonzero(y.numpy() == label)
         count = int(np.ceil(len(own) * percent / 100))
         chosen.append(random.permutation(own)[: count if at_most is None else min(count, at_most)])
     return torch.from_numpy(np.concatenate(chosen))
 
 
-def perturb_images(x: Tensor, rate: float, random: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Turns, flips and strews salt and pepper on a share of the images ``[n, 256]``; returns all, and which, ``[n]``.
+def perturb_images(
+    x: Tensor, rate: float, random: np.random.Generator, changed: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Distorts a share of the images; returns all, and which, ``[n]``.
 
-    Each is turned by up to 90 degrees to either side, flipped along each axis with probability 1/2, and then 20 % of its
-    pixels are made black or white.
+    Args:
+        x: digits ``[n, 256]``, or features of images ``[n, D]``.
+        rate: the share.
+        random: a generator.
+        changed: features of the distorted images, ``[n, D]``; None for digits.
     """
-    n = len(x)
-    which = torch.from_numpy(random.random(n) < rate)
-    angle = torch.from_numpy(random.uniform(-np.pi / 2, np.pi / 2, n)).float()
-    flips = torch.from_numpy(random.choice([-1.0, 1.0], (n, 2))).float()
-    noise = torch.from_numpy(random.random(x.shape)).float()
-    cos, sin = angle.cos(), angle.sin()
-    turn = torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], 1) * flips[:, None]
-    images = x.reshape(n, 1, SIDE, SIDE)
-    grid = F.affine_grid(torch.cat([turn, torch.zeros(n, 2, 1)], -1), list(images.shape), align_corners=False)
-    changed = F.grid_sample(images, grid, align_corners=False).reshape(x.shape)
-    changed = torch.where(noise < 0.1, 0.0, torch.where(noise > 0.9, 1.0, changed))
+    which = torch.from_numpy(random.random(len(x)) < rate)
+    if changed is None:
+        changed = distorted(x.reshape(-1, 1, SIDE, SIDE), random).reshape(x.shape)
     return torch.where(which[:, None], changed, x), which
 
 
-def perturb_labels(y: Tensor, rate: float, random: np.random.Generator, wrong: str = "next") -> tuple[Tensor, Tensor]:
+def distorted(images: Tensor, random: np.random.Generator) -> Tensor:
+    """Images ``[n, channels, side, side]``, values in [0, 1], turned, flipped and strewn with salt and pepper.
+
+    Each is turned by up to 90 degrees to either side, flipped along each axis with probability 1/2, and then 20 % of its
+    pixels are made black or white. What is turned in from outside the image is 0.
+    """
+    n, _, *sides = images.shape
+    angle = torch.from_numpy(random.uniform(-np.pi / 2, np.pi / 2, n)).float()
+    flips = torch.from_numpy(random.choice([-1.0, 1.0], (n, 2))).float()
+    noise = torch.from_numpy(random.random((n, 1, *sides))).float()
+    cos, sin = angle.cos(), angle.sin()
+    turn = torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], 1) * flips[:, None]
+    grid = F.affine_grid(torch.cat([turn, torch.zeros(n, 2, 1)], -1), list(images.shape), align_corners=False)
+    turned = F.grid_sample(images, grid, align_corners=False)
+    return torch.where(noise < 0.1, 0.0, torch.where(noise > 0.9, 1.0, turned))
+
+
+def perturb_labels(
+    y: Tensor, rate: float, random: np.random.Generator, wrong: str = "next", classes: int = CLASSES
+) -> tuple[Tensor, Tensor]:
     """Changes a share of the labels ``[n]``; returns all, and which, ``[n]``. One drawn at random may be the right one."""
     which = torch.from_numpy(random.random(len(y)) < rate)
-    drawn = torch.from_numpy(random.integers(CLASSES, size=len(y)))
-    other = (y + 1) % CLASSES if wrong == "next" else drawn
+    drawn = torch.from_numpy(random.integers(classes, size=len(y)))
+    other = (y + 1) % classes if wrong == "next" else drawn
     changed = torch.where(which, other, y)
     return changed, changed != y
 
 
-def _draw(domain: str, part: str, count: int, random: np.random.Generator, cache: Path) -> tuple[Tensor, Tensor]:
-    x, y = load(domain, cache)
-    half = len(x) // 2
-    x, y = (x[:half], y[:half]) if part == "evaluation" else (x[half:], y[half:])
-    own = random.permutation(half)[:count]
-    return x[own], y[own]
+def _draw(domain: str, part: str, count: int, random: np.random.Generator, cache: Path) -> Samples:
+    found = load(domain, cache)
+    half = len(found.y) // 2
+    return found.of(torch.from_numpy(random.permutation(half)[:count]) + PARTS.index(part) * half)

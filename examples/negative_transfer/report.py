@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -15,6 +15,8 @@ from .estimates import Estimate, estimate, gap
 from .protocol import Setting
 from .runs import Run
 from .studies import Cell, Study
+
+Column = TypeVar("Column")
 
 
 class Results:
@@ -88,14 +90,31 @@ def table31(results: Results) -> str:
 
 def table32(results: Results, eps: float = 0.7) -> str:
     """All methods on all pairs."""
-    study, cells = results.study, studies.table32(results.study, eps)
-    rows = []
+    return compared(results, studies.table32(results.study, eps), {pair: short(pair) for pair in results.study.pairs})
+
+
+def emoji(results: Results) -> str:
+    """All methods on emoji, over rates."""
+    study = results.study
+    columns = {(pair, eps): f"{short(pair)}, ε = {eps:g}" for pair in study.emoji for eps in study.emoji_rates}
+    return compared(results, studies.emoji(study), columns)
+
+
+def compared(results: Results, cells: Mapping[tuple[str, Column], Cell], columns: Mapping[Column, str]) -> str:
+    """All methods in several settings, and what the gate gains.
+
+    Args:
+        results: of the runs.
+        cells: by method and setting.
+        columns: settings → their names.
+    """
+    study, rows = results.study, []
 
     def add(name: str, texts: Sequence[str], last: str) -> None:
         rows.append([name, *texts, last])
 
     def add_method(name: str) -> None:
-        row = [cells[name, pair] for pair in study.pairs]
+        row = [cells[name, column] for column in columns]
         average = np.mean([results.accuracy(cell.runs).mean for cell in row])
         ntg = np.mean([results.gap(cell).gap for cell in row])
         add(name, [with_gap(results, cell) for cell in row], f"{average:.1f} ({ntg:+.1f})")
@@ -106,12 +125,12 @@ def table32(results: Results, eps: float = 0.7) -> str:
     for name in study.methods:
         add_method(name)
         add_method(f"{name}-gate")
-        each = [results.gain(cells[f"{name}-gate", pair], cells[name, pair]) for pair in study.pairs]
+        each = [results.gain(cells[f"{name}-gate", column], cells[name, column]) for column in columns]
         gains.append(each)
         add(f"Δ {name}", [str(estimate(gain)) for gain in each], str(estimate(np.mean(each, 0))))
-    by_pair = np.mean(gains, 0)  # [pairs, seeds]
-    add("Δ mean", [str(estimate(gain)) for gain in by_pair], str(estimate(by_pair.mean(0))))
-    return table(["", *map(short, study.pairs), "mean"], rows)
+    by_column = np.mean(gains, 0)  # [columns, seeds]
+    add("Δ mean", [str(estimate(gain)) for gain in by_column], str(estimate(by_column.mean(0))))
+    return table(["", *columns.values(), "mean"], rows)
 
 
 def table33(results: Results) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from .data import EMOJI, REAL
 from .methods import CLASSICAL, DEEP, Training
 from .protocol import Setting
 from .runs import Run
@@ -30,6 +31,8 @@ class Study:
         table31: the (eps, labelled) of Table 3.1.
         table34: the same of Table 3.4.
         checked: rates of the checks.
+        emoji: (source, target) of the emoji; none where they are no part of the study.
+        emoji_rates: of these.
     """
 
     pairs: tuple[tuple[str, str], ...]
@@ -44,6 +47,8 @@ class Study:
     table31: tuple[tuple[float, ...], tuple[float, ...]] = ((0.0, 0.3, 0.7, 0.9), (0, 10, 30, 50))
     table34: tuple[tuple[float, float], ...] = ((0.7, 30), (0.7, 10), (0.3, 30), (0.3, 10))
     checked: tuple[float, ...] = (0.0, 0.3, 0.7, 1.0)
+    emoji: tuple[tuple[str, str], ...] = ()
+    emoji_rates: tuple[float, ...] = (0.0, 0.3, 0.7)
 
     def setting(self, pair: tuple[str, str], eps: float | tuple[float, float], **changes: object) -> Setting:
         """Of a pair of domains, with both rates the same or ``(eps_x, eps_y)``."""
@@ -88,12 +93,25 @@ def table31(study: Study) -> dict[tuple[str, tuple[str, str], float, float], Cel
 
 def table32(study: Study, eps: float = 0.7) -> dict[tuple[str, tuple[str, str]], Cell]:
     """(method, pair) → cell."""
-    deep = [name for method in study.methods for name in (method, f"{method}-gate")]
     return {
         (method, pair): cell(study, method, study.setting(pair, eps, **HARD))
         for pair in study.pairs
-        for method in (*study.classical, *deep)
+        for method in _all_methods(study)
     }
+
+
+def emoji(study: Study) -> dict[tuple[str, tuple[tuple[str, str], float]], Cell]:
+    """(method, (pair, eps)) → cell: all methods on emoji, labelled as in Table 3.2."""
+    return {
+        (method, (pair, eps)): cell(study, method, study.setting(pair, eps, **HARD))
+        for pair in study.emoji
+        for eps in study.emoji_rates
+        for method in _all_methods(study)
+    }
+
+
+def _all_methods(study: Study) -> tuple[str, ...]:
+    return (*study.classical, *(name for method in study.methods for name in (method, f"{method}-gate")))
 
 
 def table33(study: Study) -> dict[tuple[str, float, float], Cell]:
@@ -191,21 +209,21 @@ def runs_of(name: str, study: Study) -> Iterator[Run]:
     elif name == "figure34":
         yield from figure34(study).values()
     else:
-        for one in {"table31": table31, "table32": table32, "table33": table33, "checks": checks}[name](study).values():
+        cells = {"table31": table31, "table32": table32, "table33": table33, "checks": checks, "emoji": emoji}[name]
+        for one in cells(study).values():
             yield from (*one.runs, *one.baseline)
 
 
-OUTPUTS = ("table31", "table32", "table33", "table34", "figure33", "figure34", "figure35", "checks")
+OUTPUTS = ("table31", "table32", "table33", "table34", "figure33", "figure34", "figure35", "checks", "emoji")
 
 
 def full(data: str, seeds: Sequence[int]) -> Study:
-    """All directions of the three real domains; or of the two small ones."""
+    """All directions of the three real domains, and of emoji; or of the two small ones."""
     if data == "small":
         pairs = (("small", "edges"), ("edges", "small"))
         return Study(pairs, pairs, tuple(seeds), Setting(*pairs[0], sources=800, targets=800))
-    names = ("mnist", "uci", "pen")
-    pairs = tuple((a, b) for a in names for b in names if a != b)
-    return Study(pairs, (("mnist", "uci"), ("uci", "pen")), tuple(seeds), Setting(*pairs[0]))
+    pairs, emoji = (tuple((a, b) for a in names for b in names if a != b) for names in (REAL, EMOJI))
+    return Study(pairs, (("mnist", "uci"), ("uci", "pen")), tuple(seeds), Setting(*pairs[0]), emoji=emoji)
 
 
 def quick(study: Study) -> Study:
@@ -222,4 +240,5 @@ def quick(study: Study) -> Study:
         table31=((0.0, 0.7), (0, 30)),
         table34=((0.7, 30), (0.3, 10)),
         checked=(0.0, 0.7),
+        emoji_rates=(0.0, 0.7),
     )

@@ -31,7 +31,7 @@ class ADDA(Deep):
 
     def prepare(self) -> None:
         """Optimizers of both stages."""
-        self.adversary = deceived(self.gating)
+        self.adversary = deceived(self.gating, self.kind)
         self.of_target: nn.Module = self.encoder
         own = [self.gate] if self.gate is not None else []
         self.optimizer = self.adam(self.encoder, self.classifier, *own)

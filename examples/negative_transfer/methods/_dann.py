@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import gradsurgery as gs
 
-from ..data import CLASSES
+from ..data import Kind
 from ..models import FEATURES, head
 from ._deep import Batch, Deep, Gating, Seen, adversary_loss, mean
 
@@ -29,7 +29,7 @@ class DANN(Deep):
 
     def prepare(self) -> None:
         """The discriminator that the encoder is to deceive, and one optimizer for everything."""
-        self.adversary: nn.Module = deceived(self.gating)
+        self.adversary: nn.Module = deceived(self.gating, self.kind)
         own = nn.ModuleList([self.encoder, self.classifier, self.adversary])
         if self.gate is not None:
             own.append(self.gate)
@@ -62,11 +62,11 @@ class DANN(Deep):
         return None
 
 
-def deceived(gating: Gating | None) -> nn.Module:
+def deceived(gating: Gating | None, kind: Kind) -> nn.Module:
     """A discriminator of features and labels where a method is gated, of features alone otherwise."""
     if gating is None or gating.weights == "marginal":
         return head(FEATURES, 1)
-    return gs.DiscriminatorGate(FEATURES, CLASSES, terms=gating.terms)
+    return gs.DiscriminatorGate(FEATURES, kind.classes, terms=gating.terms)
 
 
 def marginal(source: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:

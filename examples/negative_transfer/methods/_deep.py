@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 import gradsurgery as gs
 
-from ..data import CLASSES
 from ..models import FEATURES, Projection, classifier, encoder
 from ..protocol import Problem
 
@@ -98,18 +97,19 @@ class Deep:
         torch.manual_seed(seed)
         self.generator = torch.Generator().manual_seed(seed)
         self.problem, self.training, self.gating = problem, training, gating
-        self.encoder, self.classifier = encoder(), classifier()
+        self.kind = problem.kind
+        self.encoder, self.classifier = encoder(self.kind), classifier(self.kind)
         self.done = 0
         self.gate: gs.DiscriminatorGate | None = None
         if gating is not None and gating.weights != "none":
             self.gate = gs.DiscriminatorGate(
                 FEATURES,
-                CLASSES,
+                self.kind.classes,
                 terms="none",
                 scale=training.scale,
                 clamp=training.clamp,
                 normalise=training.normalise,
-                discriminator=Projection(training.dropout),
+                discriminator=Projection(training.dropout, self.kind.classes),
             )
         self.optimizer: torch.optim.Optimizer
         self.prepare()
@@ -165,7 +165,7 @@ class Deep:
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
-        """Labels ``[n]`` of target images ``[n, 256]``."""
+        """Labels ``[n]`` of target images ``[n, D]``."""
         return self.classifier(self.features(x)).argmax(1)
 
     @torch.no_grad()

@@ -5,7 +5,8 @@ Reference:
     Networks*, CVPR 2018, Algorithm 1.
 
 Note:
-    Generator and discriminator are two-layer perceptrons: the images have 256 pixels. What a step needs is computed anew
+    Generator and discriminator are two-layer perceptrons: the images have 256 pixels. Of emoji, whose images no encoder
+    here ever sees, the generator makes the frozen network's features. What a step needs is computed anew
     after the step before it. Labelled target samples add their cross entropy (Eq. 3.6 of the thesis). With a gate, the
     source's labels are weighted wherever they are used; the thesis extends GTA's own discriminator for that, here the gate
     is a discriminator of features, as for DAN and Deep CORAL.
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data import CLASSES, SIDE
 from ..models import FEATURES, head
 from ._deep import Batch, Deep, Seen, mean
 
@@ -32,8 +32,10 @@ class GTA(Deep):
 
     def prepare(self) -> None:
         """The generator sees features, noise and a label or "none"; the discriminator tells real or not, and the label."""
-        self.generator_net = nn.Sequential(head(FEATURES + NOISE + CLASSES + 1, SIDE**2, 128), nn.Sigmoid())
-        self.judge = head(SIDE**2, 1 + CLASSES, 128)
+        classes, inputs = self.kind.classes, self.kind.inputs
+        in_range = nn.Sigmoid() if len(self.kind.shape) == 2 else nn.ReLU()  # as pixels are, and as pooled features
+        self.generator_net = nn.Sequential(head(FEATURES + NOISE + classes + 1, inputs, 128), in_range)
+        self.judge = head(inputs, 1 + classes, 128)
         own = [self.gate] if self.gate is not None else []
         self.optimizer = self.adam(self.encoder, self.classifier, *own)
         self.of_judge, self.of_generator = self.adam(self.judge), self.adam(self.generator_net)
@@ -77,13 +79,14 @@ class GTA(Deep):
         self.of_generator.step()
 
     def generate(self, features: Tensor, y: Tensor | None) -> Tensor:
-        """Images ``[B, 256]`` of features ``[B, 64]`` and labels ``[B]``, or None of them."""
-        label = torch.full((len(features),), CLASSES) if y is None else y
+        """Images ``[B, D]`` of features ``[B, 64]`` and labels ``[B]``, or None of them."""
+        classes = self.kind.classes
+        label = torch.full((len(features),), classes) if y is None else y
         noise = torch.randn(len(features), NOISE, generator=self.generator)
-        return self.generator_net(torch.cat([features, noise, F.one_hot(label, CLASSES + 1).float()], 1))
+        return self.generator_net(torch.cat([features, noise, F.one_hot(label, classes + 1).float()], 1))
 
     def judged(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The discriminator's logits: of being real ``[B]``, and of labels ``[B, 10]``."""
+        """The discriminator's logits: of being real ``[B]``, and of labels ``[B, C]``."""
         answer = self.judge(images)
         return answer[:, 0], answer[:, 1:]
 

@@ -48,7 +48,7 @@ class KMM:
         return self
 
     def predict(self, x: Array) -> NDArray[np.int64]:
-        """Labels ``[n]`` of images ``[n, 256]``."""
+        """Labels ``[n]`` of images ``[n, D]``."""
         found: NDArray[np.int64] = self.model.predict(x)
         return found
 

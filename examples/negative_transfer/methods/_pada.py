@@ -12,7 +12,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..data import CLASSES
 from ._dann import DANN
 from ._deep import Batch, Seen
 
@@ -23,7 +22,7 @@ class PADA(DANN):
     def prepare(self) -> None:
         """Starts from equal weights."""
         super().prepare()
-        self.of_class = torch.ones(CLASSES)
+        self.of_class = torch.ones(self.kind.classes)
 
     def step(self, batch: Batch) -> None:
         """As DANN's."""

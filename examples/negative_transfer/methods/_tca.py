@@ -52,11 +52,11 @@ class TCA:
         return self
 
     def map(self, x: Array) -> Array:
-        """Components ``[n, components]`` of images ``[n, 256]``."""
+        """Components ``[n, components]`` of images ``[n, D]``."""
         return gaussian(x, self.anchors, self.width) @ self.directions
 
     def predict(self, x: Array) -> NDArray[np.int64]:
-        """Labels ``[n]`` of images ``[n, 256]``."""
+        """Labels ``[n]`` of images ``[n, D]``."""
         found: NDArray[np.int64] = self.model.predict(x if isinstance(self.model, Constant) else self.map(x))
         return found
 
