@@ -2,14 +2,16 @@ import dataclasses
 import io
 import json
 import lzma
+import re
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import gradsurgery as gs
-from examples.multilingual_translation import fetch, jobs, sources, tables
+from examples.multilingual_translation import fetch, jobs, page, sources, study, tables
 from examples.multilingual_translation.__main__ import main
 from examples.multilingual_translation.corpus import END, PAD, START, Batches, Recipe, held_out, prepare
 from examples.multilingual_translation.hashes import HASHES
@@ -317,6 +319,65 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
+# --- Loss geometry ------------------------------------------------------------------------------------------------------
+
+
+def test_geometry_is_that_of_a_backward_pass_for_each_task(corpus):
+    torch.manual_seed(0)
+    model = Translator(corpus.size, SMALL).double()
+    tasks = tasks_of(RECIPE.languages, "both")
+    found = study.geometry(model, corpus, tasks, count=5, size=2)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    rows = {}
+    for task in tasks:
+        pairs = corpus.pairs("aligned", task)
+        batch = corpus.batch((task,), [(0, a, b) for a, b in zip(pairs.english[:5], pairs.text[:5], strict=True)])
+        loss = token_losses(model, batch).sum() / (batch.target[:, 1:] != PAD).sum()
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        rows[task] = dict(zip([name for name, _ in model.named_parameters()], grads, strict=True))
+    for c, group in enumerate(found.groups):
+        its = [name for name in rows[tasks[0]] if name.startswith(f"{group}.")]
+        jacobian = torch.stack([torch.cat([rows[task][name].flatten() for name in its]) for task in tasks])
+        expected = jacobian @ jacobian.T
+        norms = expected.diagonal().sqrt()
+        expected = (expected / norms / norms[:, None]).fill_diagonal_(torch.nan)
+        torch.testing.assert_close(found.cosines[c], expected, equal_nan=True, atol=1e-6, rtol=1e-6)
+
+
+def test_families_against_chance():
+    families = ["x", "x", "x", "y", "y", "y", "z"]
+    random = np.random.default_rng(0)
+    noise = random.normal(size=(7, 7)) * 0.01
+    same = np.equal.outer(families, families)
+    clustered = np.where(same, 0.5, 0.1) + noise + noise.T
+    np.fill_diagonal(clustered, np.nan)
+    difference, correlation, p = study.permutation_test(clustered, families, times=499)
+    within = [clustered[i, j] for i in range(7) for j in range(i) if families[i] == families[j]]
+    between = [clustered[i, j] for i in range(7) for j in range(i) if families[i] != families[j]]
+    assert difference == pytest.approx(np.mean(within) - np.mean(between))
+    assert correlation > 0.9
+    # Of 7!/(3! 3!) = 140 ways to have the same families, two do not tell x from y.
+    assert 2 / 500 < p < 0.05
+    flat = noise + noise.T
+    np.fill_diagonal(flat, np.nan)
+    assert study.permutation_test(flat, families, times=199)[2] > 0.05
+    assert np.isnan(study.permutation_test(clustered, list("abcdefg"))).all()
+
+
+def test_similarity_against_performance(corpus):
+    model = Translator(corpus.size, SMALL)
+    runs = {}
+    for number, code in enumerate(("pl", "hi", "tr")):
+        recorder = gs.Recorder()
+        recorder.record(study.geometry(model, corpus, ("en-fr", f"en-{code}"), count=4), 0)
+        runs[f"en-{code}"] = (recorder, float(number))
+    table, correlation = study.against_performance(runs)
+    cosines = [float(row.split("|")[3]) for row in table.splitlines()[2:]]
+    assert cosines == sorted(cosines, reverse=True)
+    assert -1 <= correlation <= 1
+    assert np.isnan(study.against_performance({"en-pl": runs["en-pl"]})[1])
+
+
 # --- Tables -------------------------------------------------------------------------------------------------------------
 
 
@@ -332,13 +393,8 @@ def test_the_runs_of_the_tables():
 
 
 @pytest.fixture
-def few(monkeypatch):
-    """Three methods in one direction, in this process."""
-    chosen = (BILINGUAL, JOINT, BEST)
-    for module in (jobs, tables):
-        monkeypatch.setattr(module, "TABLE_65", chosen)
-        monkeypatch.setattr(module, "DIRECTIONS", ("from-en",))
-    monkeypatch.setattr(jobs.table_jobs, "__defaults__", (("from-en",),))
+def in_process(monkeypatch):
+    """Runs are done here, not in processes of their own."""
 
     def here(todo, out, cache, *, processes, device, check):
         for run in todo:
@@ -346,6 +402,16 @@ def few(monkeypatch):
                 jobs.run_one(run, out, cache, device, check)
 
     monkeypatch.setattr("examples.multilingual_translation.__main__.run_all", here)
+
+
+@pytest.fixture
+def few(in_process, monkeypatch):
+    """Three methods in one direction."""
+    chosen = (BILINGUAL, JOINT, BEST)
+    for module in (jobs, tables):
+        monkeypatch.setattr(module, "TABLE_65", chosen)
+        monkeypatch.setattr(module, "DIRECTIONS", ("from-en",))
+    monkeypatch.setattr(jobs.table_jobs, "__defaults__", (("from-en",),))
     return chosen
 
 
@@ -366,6 +432,40 @@ def test_the_command_makes_the_table_and_goes_on_where_it_was(few, tmp_path, cac
     main([*arguments, "--plan", "--seeds", "2"])
     # Two steps of half a second each, and two seconds for each task's evaluation, of which the six runs have twelve.
     assert "6 runs are left: 0.5 minutes of one process, 0.2 of 2" in capsys.readouterr().out
+
+
+def test_study_and_page(in_process, tmp_path, cache, capsys, monkeypatch):
+    monkeypatch.setattr(jobs, "languages_of", lambda source: ("fr", "es", "ru"))
+    monkeypatch.setattr("examples.multilingual_translation.summary.SENTENCES", 8)
+    out = tmp_path / "out"
+    arguments = ["--quick", "--steps", "2", "--source", "django", "--cache", str(cache), "--out", str(out)]
+    with pytest.raises(SystemExit, match="Nothing has been run in .* run a part first"):
+        main(["report", *arguments])
+    main(["study", *arguments])
+    printed = capsys.readouterr().out
+    for name in ("En→Any", "Any→En", "Any→Any", "En→Any, small batches"):
+        for part in ("encoder", "decoder"):
+            assert f"| Django's messages, {name}, seed 0 | {part} |" in printed
+    main(["trilingual", *arguments])
+    assert "rank correlation" in capsys.readouterr().out
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*")}
+    main(["report", *arguments])
+    assert {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*")} == kept
+    found = (out / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"(src|href)=\"(?!data:)", found)
+    assert found.count("<img") == 4 * 3
+    assert tables.NOT_RUN in found  # the table of methods
+    assert "python -m examples.multilingual_translation all --quick --steps 2 --source django --seed 0 --seeds 1" in found
+    assert f"torch {torch.__version__}" in found
+    assert "6 runs, seeds 0" in found
+
+
+def test_tables_become_html():
+    text = "**A** < B\n\n| x | y | z |\n|---|--:|--:|\n| 1 |  | < |"
+    assert page.html(text).replace("\n", "") == (
+        '<p><b>A</b> &lt; B</p><div class="table"><table><thead><tr><th>x</th><th>y</th><th>z</th></tr></thead>'
+        "<tr><td>1</td><td></td><td>&lt;</td></tr></table></div>"
+    )
 
 
 def test_times_are_measured(corpus):

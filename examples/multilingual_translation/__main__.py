@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 
 try:
-    from . import jobs, tables
+    from . import page
     from .corpus import prepare
     from .fetch import cache_folder
-    from .jobs import PARTS, SCALES, Scale, plan, results_of, run_all
+    from .jobs import PARTS, SCALES, Scale, plan, results_of, run_all, sizes
+    from .summary import Summary
 except ImportError as error:
     raise SystemExit(f'This example needs more packages ({error}): pip install "gradsurgery[multilingual]".') from error
 
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         corpora = {"Tables 6.2 to 6.5": scale.four(), "All languages": scale.all()}
         if scale.source != "django":
             corpora["Verses"] = scale.all("verses")
-        print(jobs.sizes({name: prepare(recipe, cache, check=check) for name, recipe in corpora.items()}))
+        print(sizes({name: prepare(recipe, cache, check=check) for name, recipe in corpora.items()}))
         return cache
     parts = tuple(PARTS) if options.command in ("all", "report") else (options.command,)
     seeds = range(options.seed, options.seed + options.seeds)
@@ -49,24 +50,30 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     options.out.mkdir(parents=True, exist_ok=True)
     if options.command != "report":
         run_all(every, options.out, cache, **settings)
-    for part, its in wanted.items():
-        results = results_of(its, options.out)
+    made = Summary(scale, options.out, cache, check=check, device=options.device)
+    sections = [getattr(made, part)(its) for part, its in wanted.items()]
+    for part, section in zip(parts, sections, strict=True):
+        (options.out / f"{part}.md").write_text(section.text + "\n", encoding="utf-8")
+        if options.command != "report":
+            print(f"\n{section.text}")
+    results = list(results_of(every, options.out).values())
+    if options.command in ("all", "report"):
         if not results:
-            continue
-        if part == "table":
-            corpus = prepare(scale.four(), cache, check=check)
-            text = f"{tables.table_65(results, scale, corpus)}\n\n**What it cost**\n\n{tables.costs(results, scale)}"
-        elif part == "ablations":
-            text = tables.ablations(results, scale)
-        elif part == "massive":
-            corpora = {job: prepare(job.recipe, cache, check=check) for job in results}
-            text = tables.massive(results, its, corpora)
-        else:
-            continue
-        tables.write(text, options.out / f"{part}.md")
-        print(f"\n{text}")
+            raise SystemExit(f"Nothing has been run in {options.out.resolve()} with these settings: run a part first.")
+        page.write(sections, _commands(options), results, options.out / "report.html")
+        print(f"{len(results)} of {len(set(every))} runs are in report.html.")
     print(f"\n{time.perf_counter() - started:.0f} seconds in all. Results are in {options.out.resolve()}")
     return options.out
+
+
+def _commands(options: argparse.Namespace) -> list[str]:
+    """That make the same page again."""
+    chosen = ["--quick"] if options.quick else [f"--size {options.size}"]
+    chosen += [f"--steps {options.steps}"] if options.steps else []
+    chosen += [f"--source {options.source}"] if options.source != "help" else []
+    chosen += [f"--seed {options.seed}", f"--seeds {options.seeds}", *(["--unchecked"] if options.unchecked else [])]
+    start = "python -m examples.multilingual_translation"
+    return [f"{start} {command} {' '.join(chosen)}" for command in ("all", "report")]
 
 
 def _scale(options: argparse.Namespace) -> Scale:

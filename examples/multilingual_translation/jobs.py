@@ -39,7 +39,7 @@ class Scale:
     settings: Settings
     massive: Settings
     vocabulary: tuple[int, int]
-    scarce: int = 4500
+    scarce: int = 4000
     longest: int = 40
     evaluated: int = 200
     source: str = "help"
@@ -66,9 +66,10 @@ SCALES = {
         evaluated=10,
     ),
     "tiny": Scale(
-        Settings(),
-        Settings(batch=128, keep=100),
+        Settings(steps=1000),
+        Settings(steps=1000, batch=128, keep=100),
         vocabulary=(4000, 12_000),
+        longest=24,
     ),
     "small": Scale(
         Settings("small", steps=20_000, batch=128, rate=1e-3, warmup=2000, record=20, save=500),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 from sacrebleu.significance import PairedTest
 
@@ -173,8 +172,3 @@ def massive(results: Results, jobs: Sequence[Job], corpora: Mapping[Job, Corpus]
 def _row(job: Job) -> str:
     temperature = f"T={job.settings.temperature:g}"
     return temperature if job.method == JOINT else f"{job.method}, {temperature}"
-
-
-def write(text: str, path: Path) -> None:
-    """Writes a table, with a line's end at the end."""
-    path.write_text(text + "\n", encoding="utf-8")

@@ -141,9 +141,9 @@ class Result:
         if len(self.recorder.steps):
             buffer = io.BytesIO()
             self.recorder.save(buffer)
-            _replace(folder / "recording.npz", buffer.getvalue())
+            write_whole(folder / "recording.npz", buffer.getvalue())
         content = {key: value for key, value in self.__dict__.items() if key != "recorder"}
-        _replace(folder / "result.json", json.dumps(content, ensure_ascii=False, indent=1).encode())
+        write_whole(folder / "result.json", json.dumps(content, ensure_ascii=False, indent=1).encode())
 
     @classmethod
     def read(cls, folder: Path) -> Result | None:
@@ -360,10 +360,11 @@ def save(content: Mapping[str, Any], path: Path) -> None:
     """Writes a file whole or not at all."""
     buffer = io.BytesIO()
     torch.save(dict(content), buffer)
-    _replace(path, buffer.getvalue())
+    write_whole(path, buffer.getvalue())
 
 
-def _replace(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all."""
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         file.write(content)
     os.replace(file.name, path)
