@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from .compiled import compiled
+from .features import features
 from .growth import growth
 from .memory import memory, memory_split
 from .report import Figure, Options, table, write
@@ -25,6 +26,7 @@ FIGURES: dict[str, Callable[[Options], list[Figure]]] = {
     "solved-many": solved_many_groups,
     "solved-one": solved_one_group,
     "step": step,
+    "features": features,
     "surgery": surgery,
     "memory": memory,
     "split": split,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .report import Figure, Options
 
-_SECTIONS, _FACTS = 8, 3  # what ranks compare at each meeting, and tell each other: 8 bytes each
+_SECTIONS, _FACTS = 8, 5  # what ranks compare at each meeting, and tell each other: 8 bytes each
 
 
 @dataclass(frozen=True)

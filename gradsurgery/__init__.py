@@ -12,11 +12,16 @@ Wrap the optimizer you have, give it the loss of each task, and a rule operates 
 
 from . import plots, sources, testing
 from ._checkpoint import TrainingState
+from ._coordinates import CoordinateRule
+from ._gap import GapCurve, GapResult, NegativeTransferGap
+from ._gate import DiscriminatorGate, GateRecord
 from ._operate import operate
 from ._optimizer import SurgeryOptimizer
 from ._recorder import Recorder
 from ._report import report
+from ._reversal import reverse_gradient
 from ._rule import Rule, State
+from ._shadow import GapRecord, Shadow
 from ._step import Step
 from .rules import (
     AGEM,
@@ -30,6 +35,7 @@ from .rules import (
     MGDA,
     RLW,
     STCH,
+    Adversary,
     AlignedMTL,
     CAGrad,
     Chain,
@@ -38,6 +44,7 @@ from .rules import (
     DualProj,
     EqualNorm,
     FairGrad,
+    GradDrop,
     GradNorm,
     GradVac,
     Krum,
@@ -48,9 +55,13 @@ from .rules import (
     ScaleInvariant,
     SDMGrad,
     Sum,
+    TaskGate,
+    Transference,
+    TrimmedMean,
     UncertaintyWeighting,
     UPGrad,
 )
+from .rules._transference import TransferMatrix
 
 __version__ = "0.1.0"
 
@@ -66,35 +77,50 @@ __all__ = [
     "MGDA",
     "RLW",
     "STCH",
+    "Adversary",
     "AlignedMTL",
     "CAGrad",
     "Chain",
     "ConFIG",
+    "CoordinateRule",
     "CosineGate",
+    "DiscriminatorGate",
     "DualProj",
     "EqualNorm",
     "FairGrad",
+    "GapCurve",
+    "GapRecord",
+    "GapResult",
+    "GateRecord",
+    "GradDrop",
     "GradNorm",
     "GradVac",
     "Krum",
     "Mean",
     "MoDo",
     "NashMTL",
+    "NegativeTransferGap",
     "PCGrad",
     "Recorder",
     "Rule",
     "SDMGrad",
     "ScaleInvariant",
+    "Shadow",
     "State",
     "Step",
     "Sum",
     "SurgeryOptimizer",
+    "TaskGate",
     "TrainingState",
+    "TransferMatrix",
+    "Transference",
+    "TrimmedMean",
     "UPGrad",
     "UncertaintyWeighting",
     "operate",
     "plots",
     "report",
+    "reverse_gradient",
     "sources",
     "testing",
 ]

@@ -11,7 +11,7 @@ take part in their inner product. Such rows are never laid out as a block.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -192,6 +192,27 @@ class Rows:
             start = end
         return result
 
+    def reduce(self, function: Callable[[Tensor, Tensor | None], Tensor], noise: Tensor | None) -> Tensor:
+        """What a function of columns makes of the aligned rows: a tensor of the parameter's shape.
+
+        Args:
+            function: from ``[k, n]``, some coordinates of the rows, and as many of ``noise``, to ``[n]``.
+            noise: ``[coordinates]``, or None.
+        """
+        if self._sparse is not None:
+            return self._sparse.reduce(function, noise, self.precision)
+        like = self._block[0] if self._of is None and self._block is not None else self._any
+        result = torch.empty_like(like, memory_format=torch.contiguous_format)
+        flat = _real(result).view(-1)
+        length = max((_CPU_CHUNK if like.device.type == "cpu" else _CHUNK) // len(self.tasks), 1)
+        start = 0
+        for chunk in self.chunks(self.precision):
+            for piece in torch.split(chunk, length, 1):  # the function may well take a few times the memory of its rows
+                end = start + piece.shape[1]
+                flat[start:end] = function(piece, None if noise is None else noise[start:end])
+                start = end
+        return result
+
     def alone(self) -> Tensor:
         """The row of the only task, as it is, in a tensor of its own."""
         (row,) = self.of.values()
@@ -211,6 +232,17 @@ class Rows:
     def to_be_dense(self) -> bool:
         """Whether the combined gradient is to be dense although the rows are sparse."""
         return self._dense
+
+    @property
+    def coordinates(self) -> int:
+        """How many real coordinates the parameter has."""
+        row = self._block[0] if self._of is None and self._block is not None else self._any
+        return row.numel() * (2 if row.is_complex() else 1)
+
+    @property
+    def precision(self) -> torch.dtype:
+        """What the rows are computed with."""
+        return torch.float64 if self.double else torch.float32
 
     @property
     def double(self) -> bool:
@@ -241,14 +273,11 @@ class Sparse:
 
     def gram(self, dtype: torch.dtype) -> Tensor:
         """Inner products ``[k, k]``."""
-        values = (
-            _real(self._values).flatten(1).to(dtype) if self._values.numel() else self._values.new_zeros(0, 1, dtype=dtype)
-        )
-        owner = self._owner[: len(values)]
+        owner, values = self._owner, _real(self._values[:, None]).flatten(1).to(dtype)  # an entry may be a single number
         result = values.new_zeros(self._tasks * self._tasks)
         result.index_add_(0, owner * (self._tasks + 1), values.square().sum(1))
         # With the entries of an index next to each other, tasks that share it are a few places apart.
-        place, order = self._places()[: len(values)].sort(stable=True)
+        place, order = self._places().sort(stable=True)
         owner, values = owner[order], values[order]
         for apart in range(1, self._tasks):
             first = (place[apart:] == place[:-apart]).nonzero().squeeze(1)
@@ -273,6 +302,23 @@ class Sparse:
         scaled = self._values * factors.reshape(-1, *[1] * (self._values.dim() - 1))
         combined = torch.sparse_coo_tensor(self._indices, scaled, self._shape, check_invariants=False)
         return combined.to_dense() if self._dense else combined.coalesce()
+
+    def reduce(
+        self, function: Callable[[Tensor, Tensor | None], Tensor], noise: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """As :meth:`Rows.reduce`, of the indices that any task used."""
+        places, where = torch.unique(self._places(), return_inverse=True)
+        entries = torch.zeros_like(places).scatter_(0, where, torch.arange(len(where), device=where.device))
+        values = torch.view_as_real(self._values) if self._values.is_complex() else self._values
+        rows = values.new_zeros((self._tasks, len(places), *values.shape[1:]), dtype=dtype)
+        rows[self._owner, where] = values.to(dtype)
+        if noise is not None and len(places):
+            noise = noise.view(-1, rows[0, 0].numel())[places].flatten()
+        combined = rows[0] if not rows.numel() else function(rows.flatten(1), noise).view(rows.shape[1:])
+        combined = combined.to(values.dtype)
+        combined = torch.view_as_complex(combined) if self._values.is_complex() else combined
+        result = torch.sparse_coo_tensor(self._indices[:, entries], combined, self._shape, check_invariants=False)
+        return result.to_dense() if self._dense else result.coalesce()
 
 
 def gram(parameters: Sequence[Rows]) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from . import rules
+from ._coordinates import AnyRule, CoordinateRule
 from ._rule import Rule
 
 BEGIN, END = "<!-- rules -->", "<!-- /rules -->"
@@ -28,7 +29,7 @@ class Entry:
     Attributes:
         name: of the class.
         what: the first sentence of its docstring.
-        sees: ``"losses"``, ``"gradients"``, or both; empty for the plain sum.
+        sees: ``"losses"``, ``"gradients"``, or both; ``"coordinates"``; empty for the plain sum.
         state: whether it remembers anything.
         flags: claim → whether it is made; None if that depends on the settings.
         paper: the reference in its docstring.
@@ -45,15 +46,19 @@ class Entry:
 
 
 def entries(*, timed: bool = False) -> list[Entry]:
-    """All rules but ``Chain``, which is made of others: those that see gradients, then those that see losses alone."""
+    """All rules but ``Chain``, which is made of others: those that see gradients, then losses alone, then coordinates."""
     found = [_entry(getattr(rules, name), timed) for name in rules.__all__ if name != "Chain"]
-    return sorted(found, key=lambda entry: ("", "gradients", "losses, gradients", "losses").index(entry.sees))
+    return sorted(
+        found, key=lambda entry: ("", "gradients", "losses, gradients", "losses", "coordinates").index(entry.sees)
+    )
 
 
-def _entry(rule: type[Rule], timed: bool) -> Entry:
+def _entry(rule: type[AnyRule], timed: bool) -> Entry:
     doc = inspect.getdoc(rule) or ""
     looks = {"losses": ("weigh",), "gradients": ("mix", "observe")}
-    seen = [what for what, names in looks.items() if any(getattr(rule, name) is not getattr(Rule, name) for name in names)]
+    seen = ["coordinates"]
+    if issubclass(rule, Rule):
+        seen = [w for w, names in looks.items() if any(getattr(rule, name) is not getattr(Rule, name) for name in names)]
     flags = {flag: value if isinstance(value := getattr(rule, flag), bool) else None for flag in FLAGS}
     return Entry(
         name=rule.__name__,
@@ -66,8 +71,10 @@ def _entry(rule: type[Rule], timed: bool) -> Entry:
     )
 
 
-def _remembers(rule: type[Rule]) -> bool:
+def _remembers(rule: type[AnyRule]) -> bool:
     """Whether it has a state: with its default settings, if it can do with those."""
+    if issubclass(rule, CoordinateRule):
+        return False
     try:
         return bool(rule().init(["0", "1"], ["group"]))
     except (TypeError, ValueError):
@@ -84,10 +91,12 @@ def _section(doc: str, name: str) -> str:
     return " ".join(found[1].split()).rstrip(".").replace("``", "`") if found else ""
 
 
-def _seconds(rule: type[Rule], groups: int, tasks: int) -> float:
-    """Of one call of all moments, on random gradients; nan for rules that cannot do without settings."""
+def _seconds(rule: type[AnyRule], groups: int, tasks: int) -> float:
+    """Of one call of all moments, on random gradients; nan for rules that cannot do without settings, or Gram matrices."""
     from ._bench.timing import Contender, interleaved
 
+    if issubclass(rule, CoordinateRule):
+        return float("nan")
     try:
         made: Any = rule()
         state = made.init([str(k) for k in range(tasks)], [str(g) for g in range(groups)])
@@ -121,7 +130,8 @@ def plain(found: Sequence[Entry]) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     padded = ([cell.ljust(width) for cell, width in zip(line, [*widths, 0], strict=True)] for line in lines)
     shown = ["  ".join(cells).rstrip() for cells in padded]
-    notes = ["", "sees: losses are seen ahead of the backward pass; gradients, as Gram matrices [G, K, K] after it."]
+    notes = ["", "sees: losses are seen ahead of the backward pass; gradients, as Gram matrices [G, K, K] after it;"]
+    notes.append("coordinates, each by itself, from which the combined gradient is made.")
     if timed:
         notes.append("times: the rule alone, groups × tasks, on this machine.")
     return "\n".join([*shown, *notes])
@@ -133,8 +143,15 @@ def markdown(found: Sequence[Entry]) -> str:
     for entry in found:
         claims = [flag.replace("_", "-") for flag in FLAGS[3:] if entry.flags[flag]]
         claims = (["stateful"] if entry.state else []) + (["random"] if entry.flags["random"] else []) + claims
-        lines.append(f"| `{entry.name}` | {entry.what} | {entry.sees} | {', '.join(claims)} | {entry.paper} |")
+        lines.append(f"| `{entry.name}` | {entry.what} | {entry.sees} | {', '.join(claims)} | {_linked(entry.paper)} |")
     return "\n".join(lines)
+
+
+def _linked(paper: str) -> str:
+    """``arXiv:2001.06782``, ``doi:10.1016/…`` and addresses as links."""
+    paper = re.sub(r"https://([^/\s]+)/[^\s,;)]+", r"[\1](\g<0>)", paper)
+    paper = re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[\g<0>](https://arxiv.org/abs/\1)", paper)
+    return re.sub(r"doi:(10\.[^\s,;)]+)", r"[\g<0>](https://doi.org/\1)", paper)
 
 
 def names(found: Sequence[Entry]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ._coordinates import CoordinateRule, Coordinates
 from ._gradients import TaskGradients
 from ._plan import Level, Plan
 from ._ranks import Ranks
@@ -31,10 +32,13 @@ class Combination:
         losses: of the step, ``[K]``: this rank's part of them; zero for tasks that are not there.
         present: ``[K]``, the tasks that are there, on any rank.
         ranks: who else has rows.
+        coordinates: what makes one gradient of those that the rule has mixed; None for their sum. Gram matrices are then
+            computed only if the rule needs them.
         undoable: whether :meth:`undo` may be called. It takes a copy of each ``p.grad`` that is there.
 
     Attributes:
         loss_weights: ``[K]``, what the rule weighs the losses with; None if it does not.
+        measured: whether there are Gram matrices.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class Combination:
         losses: Tensor,
         present: Tensor,
         ranks: Ranks,
+        coordinates: CoordinateRule | None = None,
         *,
         undoable: bool = False,
     ) -> None:
@@ -61,7 +66,11 @@ class Combination:
         self._losses = losses
         self._present = present
         self._ranks = ranks
+        self._coordinates = None if coordinates is None else Coordinates(coordinates, tasks, generator, scale)
+        self._draws = coordinates is not None and coordinates.random
+        self.measured = coordinates is None or implements(rule, "mix") or implements(rule, "observe")
         self._undoable = undoable
+        self._summed = False  # whether the losses are those of all ranks
         self._old: dict[int, Tensor | None] = {}
         self._random: list[Tensor] = []  # the generator's state ahead of each level, and after the last
         self._finite: list[Tensor] = []
@@ -74,36 +83,70 @@ class Combination:
         gradients = self._gradients
         gradients.align(parameters)
         plan = gradients.plan(self._tasks, parameters)
-        for p, combined in self._ranks.gather(self._combined(plan)):
+        for p, combined in self._ranks.gather(self._combined(gradients, plan)):
             self._accumulate(p, combined)
 
-    def _combined(self, plan: Plan) -> Iterator[tuple[int, Tensor]]:
-        gradients = self._gradients
-        grams = [level.gram(gradients.rows, gradients.dtype) for level in plan.levels]
-        alone = [gradients.rows[p] for p in plan.alone] if self._before else []
+    @torch.no_grad()
+    def stages(self, parameters: Sequence[int]) -> Iterator[None]:
+        """As :meth:`add`, of rows that have to be added up over the ranks, with time for other work while they travel: once
+        before the sums are there, and once before the combined gradients are."""
+        journey = self._ranks.travel(self._gradients, parameters)
+        yield
+        gradients = journey.rows()
+        journey.start_back(self._combined(gradients, gradients.plan(self._tasks, parameters)))
+        yield
+        for p, combined in journey.arrive():
+            self._accumulate(p, combined)
+
+    def _combined(self, gradients: TaskGradients, plan: Plan) -> Iterator[tuple[int, Tensor]]:
+        grams = [level.gram(gradients.rows, gradients.dtype) for level in plan.levels] if self.measured else []
+        unseen = list(plan.alone) if self._before else []
+        if self._before and not self.measured:
+            unseen += [p for level in plan.levels for cell in level.cells for p in cell.parameters]
+        rows = [gradients.rows[p] for p in unseen]
+        overflown = [~own.finite(task).to(gradients.device) for own in rows for task in own.tasks]
         overflows = self._losses.new_zeros(())
-        if alone:
-            overflows += torch.stack([~rows.finite(rows.tasks[0]).to(gradients.device) for rows in alone]).sum()
-        *grams, self._losses, overflows = self._ranks.sum([*grams, self._losses, overflows])
-        if alone:
+        if overflown:
+            overflows += torch.stack(overflown).sum()
+        losses = self._losses[:0] if self._summed else self._losses
+        *grams, losses, overflows = self._ranks.sum([*grams, losses, overflows])
+        if not self._summed:
+            self._losses, self._summed = losses, True
+        if overflown:
             self._finite.append(overflows == 0)
         self._weigh()
-        for depth, (level, gram) in enumerate(zip(plan.levels, grams, strict=True)):
-            if self._scale is not None:
-                gram = gram / self._scale.to(gram) ** 2
-            if self.loss_weights is not None:
-                gram = gram * self.loss_weights[:, None] * self.loss_weights
-            mixing = self._mix(depth, gram, None if level.full else level.active)
-            self._finite.append(gram.isfinite().all())
-            self._done.append((depth, level, gram, mixing))
+        for depth, level in enumerate(plan.levels):
+            mixing = self._mixing(depth, level, grams[depth]) if self.measured else None
+            if self._coordinates is not None:
+                yield from level.operate(gradients.rows, self._coordinates, self._weighted(mixing))
+                continue
+            assert mixing is not None
             coefficients = (mixing * level.active[:, :, None]).sum(-2)
             if self.loss_weights is not None:
                 coefficients = coefficients * self.loss_weights
             yield from level.combine(gradients.rows, coefficients)
         for p in plan.alone:
-            rows = gradients.rows[p]
-            yield p, rows.alone() if self.loss_weights is None else rows.combine(self.loss_weights[rows.tasks[0], None])
-            gradients.rows[p].clear()
+            own = gradients.rows[p]
+            yield p, own.alone() if self.loss_weights is None else own.combine(self.loss_weights[own.tasks[0], None])
+            own.clear()
+
+    def _mixing(self, depth: int, level: Level, gram: Tensor) -> Tensor:
+        if self._scale is not None:
+            gram = gram / self._scale.to(gram) ** 2
+        if self.loss_weights is not None:
+            gram = gram * self.loss_weights[:, None] * self.loss_weights
+        mixing = self._mix(depth, gram, None if level.full else level.active)
+        self._finite.append(gram.isfinite().all())
+        self._done.append((depth, level, gram, mixing))
+        return mixing
+
+    def _weighted(self, mixing: Tensor | None) -> Tensor | None:
+        """The mixing matrices ``[G, K, K]`` of the gradients of losses that were not weighed; None for the identity."""
+        if self.loss_weights is None:
+            return mixing
+        if mixing is None:
+            return torch.diag(self.loss_weights).expand(len(self._gradients.groups), -1, -1)
+        return mixing * self.loss_weights
 
     def _weigh(self) -> None:
         # Weights multiply rows, not losses: they are those of the whole step, however many backward passes it had.
@@ -154,19 +197,24 @@ class Combination:
         losses = self._losses.masked_fill(~self._present, torch.nan)
         if self._random:
             self._generator.set_state(self._random[-1])
+        if self._draws:  # so that the next step's random numbers are others
+            torch.rand((), generator=self._generator, device=self._generator.device)
         cells = [(depth, cell.group, cell.name) for depth, level, _, _ in self._done for cell in level.cells]
         order = sorted(range(len(cells)), key=lambda i: cells[i][:2])
         count = len(self._tasks)
         empty = torch.zeros(0, count, count, dtype=losses.dtype, device=losses.device)
-        grams, mixings, actives = [empty], [empty], [empty[:, 0].bool()]
+        grams, mixings, actives, groups = [empty], [empty], [empty[:, 0].bool()], [empty[:, 0, 0].long()]
         for _, level, gram, mixing in self._done:
             grams.append(gram.index_select(0, level.groups))
             mixings.append(mixing.index_select(0, level.groups))
             actives.append(level.active.index_select(0, level.groups))
-        gram, mixing, active = torch.cat(grams), torch.cat(mixings), torch.cat(actives)
+            groups.append(level.groups)
+        tensors = tuple(map(torch.cat, (grams, mixings, actives, groups)))
         if order != list(range(len(cells))):
             index = torch.tensor(order, device=losses.device)
-            gram, mixing, active = (tensor.index_select(0, index) for tensor in (gram, mixing, active))
+            tensors = tuple(tensor.index_select(0, index) for tensor in tensors)
+        gram, mixing, active, group_of = tensors
+        same = [cells[i][1] for i in order] == list(range(len(self._gradients.groups)))
         step = Step(
             tasks=self._tasks,
             groups=tuple(cells[i][2] for i in order),
@@ -175,5 +223,6 @@ class Combination:
             mixing=mixing,
             losses=losses,
             loss_weights=self.loss_weights,
+            group_of=None if same else group_of,
         )
-        return step, guarded(self._finite, old=self._before, new=self._state)
+        return step, guarded([*self._finite, *self._gradients.finite], old=self._before, new=self._state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ._arena import Arena
 from ._buffer import Rows
 from ._groups import Groups, GroupSpec, partition, some
-from ._plan import Plan, Reach
+from ._plan import Plan
 
 _MOST_PLANS = 256
 _KEPT = 4  # gradients, whose memory rows may keep between steps
@@ -35,7 +35,10 @@ class TaskGradients:
         group_of: for each parameter, the index of its group.
         device: where Gram matrices and states are.
         dtype: of Gram matrices and states.
+        finite: whether combined gradients that came from no row of theirs are finite: a boolean each, on ``device``.
     """
+
+    finite: Sequence[Tensor] = ()
 
     def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module | None, spec: GroupSpec) -> None:
         named = parameter_names(optimizer, model)
@@ -52,7 +55,7 @@ class TaskGradients:
         """Notes the device where the parameters are."""
         self.device = self.parameters[0].device
         self.dtype = torch.float32 if self.device.type == "mps" else torch.float64  # MPS has no float64
-        self._plans: dict[tuple[Reach, tuple[str, ...]], Plan] = {}
+        self._plans: dict[Hashable, Plan] = {}
 
     def with_rows(self, rows: list[Rows]) -> TaskGradients:
         """The same parameters, with other rows."""
@@ -73,11 +76,15 @@ class TaskGradients:
     def plan(self, tasks: tuple[str, ...], parameters: Sequence[int] | None = None) -> Plan:
         """The cells of this step, or of these parameters."""
         chosen = range(len(self.rows)) if parameters is None else set(parameters)
-        key = tuple(rows.tasks if p in chosen else () for p, rows in enumerate(self.rows)), tasks
+        reach = tuple(rows.tasks if p in chosen else () for p, rows in enumerate(self.rows))
+        return self._kept((reach, tasks), lambda: Plan(reach, self.group_of, tuple(self.groups), tasks, self.device))
+
+    def _kept(self, key: Hashable, make: Callable[[], Plan]) -> Plan:
+        """The plan of this key, made if there is none."""
         if key not in self._plans:
             if len(self._plans) >= _MOST_PLANS:
                 self._plans.clear()
-            self._plans[key] = Plan(key[0], self.group_of, tuple(self.groups), tasks, self.device)
+            self._plans[key] = make()
         return self._plans[key]
 
     def not_finite(self) -> list[tuple[int, str]]:
@@ -106,6 +113,24 @@ class TaskGradients:
         for rows in self.rows:
             rows.clear()
         self.arena.reset()
+
+
+def apart(found: Sequence[Tensor | None], others: Sequence[Tensor] = ()) -> Iterator[Tensor | None]:
+    """Gradients of ``torch.autograd.grad``, each in memory of its own: it may give one tensor to several parameters.
+
+    Args:
+        found: the gradients.
+        others: what else they may share memory with: what flowed in.
+    """
+    taken = {other.untyped_storage().data_ptr() for other in others if type(other) is Tensor}
+    for gradient in found:
+        if type(gradient) is not Tensor or gradient.layout != torch.strided:  # None, sparse, or with parts elsewhere
+            yield gradient
+            continue
+        memory = gradient.untyped_storage()
+        alone = memory.data_ptr() not in taken and memory.nbytes() == gradient.numel() * gradient.element_size()
+        taken.add(memory.data_ptr())
+        yield gradient if alone else gradient.clone(memory_format=torch.contiguous_format)
 
 
 def parameter_names(optimizer: torch.optim.Optimizer, model: nn.Module | None) -> dict[str, nn.Parameter]:

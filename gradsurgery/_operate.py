@@ -8,17 +8,18 @@ import torch
 from torch import Tensor
 
 from ._buffer import Rows, gram
-from ._rule import Rule, State, implements
+from ._coordinates import AnyRule, Coordinates, parts
+from ._rule import State, implements
 
 
 @overload
 def operate(
-    jacobian: Tensor, rule: Rule, *, losses: Tensor | None = None, generator: torch.Generator | None = None
+    jacobian: Tensor, rule: AnyRule, *, losses: Tensor | None = None, generator: torch.Generator | None = None
 ) -> Tensor: ...
 @overload
 def operate(
     jacobian: Tensor,
-    rule: Rule,
+    rule: AnyRule,
     *,
     losses: Tensor | None = None,
     state: State,
@@ -26,7 +27,7 @@ def operate(
 ) -> tuple[Tensor, State]: ...
 def operate(
     jacobian: Tensor,
-    rule: Rule,
+    rule: AnyRule,
     *,
     losses: Tensor | None = None,
     state: State | None = None,
@@ -66,19 +67,26 @@ def operate(
         raise TypeError(f"`jacobian` must be a floating-point tensor. Found {found}.")
     if jacobian.dim() != 2 or not len(jacobian):
         raise ValueError(f"`jacobian` must be [K, D] with K >= 1 tasks. Found shape {tuple(jacobian.shape)}.")
-    weighs = implements(rule, "weigh")
+    own, last = parts(rule)
+    weighs = implements(own, "weigh")
     if weighs and (losses is None or losses.shape != jacobian.shape[:1]):
         given = "none" if losses is None else f"shape {tuple(losses.shape)}"
         raise ValueError(f"{rule} weighs losses: pass `losses`, one for each of the {len(jacobian)} tasks. Found {given}.")
-    rows = Rows()
+    rows, names = Rows(), [str(k) for k in range(len(jacobian))]
+    if last is not None:
+        last.check(names)
     with torch.no_grad():
         rows.add_block(range(len(jacobian)), jacobian.detach())
         matrix = gram([rows])[None]
-        new = state or rule.init([str(k) for k in range(len(jacobian))], ["all"], device=matrix.device, dtype=matrix.dtype)
+        new = state or own.init(names, ["all"], device=matrix.device, dtype=matrix.dtype)
         weights = matrix.new_ones(len(jacobian))
         if weighs and losses is not None:
-            weights, new = rule.weigh(losses.detach().to(weights), new, generator=generator)
+            weights, new = own.weigh(losses.detach().to(weights), new, generator=generator)
             matrix = matrix * weights[:, None] * weights
-        mixing, new = rule.mix(matrix, new, generator=generator)
-        combined = rows.combine(mixing[0].sum(0) * weights)
+        mixing, new = own.mix(matrix, new, generator=generator)
+        if last is None:
+            combined = rows.combine(mixing[0].sum(0) * weights)
+        else:
+            mixed = weighs or implements(own, "mix")
+            combined = Coordinates(last, names, generator)(0, rows, mixing[0] * weights if mixed else None)
     return combined if state is None else (combined, new)

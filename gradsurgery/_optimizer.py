@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from ._compile import is_compiled, left_out, prepare, say, uncompiled
+from ._coordinates import AnyRule, CoordinateRule, parts
+from ._features import FeatureSpec
 from ._gradients import TaskGradients
 from ._groups import Groups, GroupSpec, unwrap
 from ._losses import Losses
@@ -41,7 +43,8 @@ class SurgeryOptimizer(torch.optim.Optimizer):
 
     Args:
         optimizer: any ``torch.optim.Optimizer``. Its ``param_groups``, ``state`` and ``defaults`` are this one's too.
-        rule: what happens to the gradients, such as ``GradVac()`` or ``Chain(PCGrad(), Mean())``.
+        rule: what happens to the gradients, such as ``GradVac()`` or ``Chain(PCGrad(), Mean())``; or a
+            :class:`CoordinateRule`, such as ``GradDrop()``.
         model: gives parameters their names, for groups, checkpoints and messages. To be wrapped around everything that is
             trained: put a model and a loss with parameters of its own into one ``nn.ModuleList``.
         groups: the surgery groups. ``"model"``: one for all; ``"layer"``: one for each repeated block (an item of a
@@ -110,7 +113,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        rule: Rule,
+        rule: AnyRule,
         *,
         model: nn.Module | None = None,
         groups: GroupSpec = "model",
@@ -131,7 +134,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             raise TypeError(f"`optimizer` must be a torch.optim.Optimizer. Found {type(optimizer).__name__}.")
         if isinstance(optimizer, SurgeryOptimizer):
             raise TypeError("`optimizer` is a SurgeryOptimizer already. To apply several rules, use Chain(rule, rule).")
-        if not isinstance(rule, Rule):
+        if not isinstance(rule, (Rule, CoordinateRule)):
             raise TypeError(f"`rule` must be a gradsurgery rule, such as PCGrad(). Found {rule!r}.")
         if nonfinite not in ("propagate", "raise", "skip"):
             raise ValueError(f"`nonfinite` must be 'propagate', 'raise' or 'skip'. Found {nonfinite!r}.")
@@ -141,8 +144,12 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             raise ValueError(
                 f"nonfinite={nonfinite!r} needs every=1: a step that reuses a mixing has no gradients of single tasks."
             )
+        own, coordinates = parts(rule)
+        if coordinates is not None and (every > 1 or not measure):
+            setting = f"every={every}" if every > 1 else "measure=False"
+            raise ValueError(f"{setting} needs weights of tasks, and there are none for {coordinates}. Leave it out.")
         if not measure:
-            if moments := [moment for moment in ("mix", "observe") if implements(rule, moment)]:
+            if moments := [moment for moment in ("mix", "observe") if implements(own, moment)]:
                 raise ValueError(
                     f"measure=False is for rules that only weigh losses, or do nothing. {rule} needs each task's gradient, "
                     f"in {' and '.join(moments)}()."
@@ -173,6 +180,9 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             every=every,
             measure=measure,
         )
+        if coordinates is not None and self.ranks > 1 and (coordinates.random or reduce == "result"):
+            why = "its random numbers would be others on each" if coordinates.random else "reduce='result' has only sums"
+            raise ValueError(f"{coordinates} cannot be used in {self.ranks} processes: {why}.")
         if tasks is not None:
             self._surgery.set_tasks(map(str, range(tasks)) if isinstance(tasks, int) else tasks)
         if stream and not self.streaming:
@@ -316,6 +326,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         scaler: torch.amp.GradScaler | None = None,
         retain_graph: bool = False,
         samples: Mapping[str, float] | None = None,
+        features: FeatureSpec | None = None,
     ) -> None:
         """Computes each task's gradients, and adds them to its rows.
 
@@ -330,20 +341,44 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             samples: task → number of samples (or of tokens, or what its loss is the mean of), for a ``process_group``: what
                 this process's loss counts among those of all. Without it, all processes on which the task is present count
                 alike. Mixed batches are counted anyway. One process by itself has no use for it.
+            features: the tensor, or tensors, through which the losses depend on the shared layers. The rule then sees the
+                gradients *there*, ``[K, features.numel()]``, and :meth:`combine` sends the combined one through the shared
+                layers: one backward pass, however many tasks there are. With ``MGDA`` this is MGDA-UB. For one surgery
+                group, in one process.
 
         Raises:
             ValueError: without losses, and for a loss that is no scalar, has no graph, is of an unknown task, or reaches
-                none of the parameters; after :meth:`split`, if samples of different tasks interact.
+                none of the parameters; after :meth:`split`, if samples of different tasks interact; for ``features`` that
+                a loss does not depend on, or that do not part the parameters into those ahead of them and those past
+                them; and if a step has passes with and without.
             RuntimeError: if the first single pass does not agree with a plain backward pass.
+
+        Example:
+            >>> import torch, gradsurgery as gs
+            >>> model = torch.nn.ModuleDict({name: torch.nn.Linear(3, 3) for name in ("trunk", "depth", "normal")})
+            >>> opt = gs.SurgeryOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), gs.MGDA(), model=model)
+            >>> z = model["trunk"](torch.randn(8, 3)).tanh()
+            >>> opt.backward({task: model[task](z).square().mean() for task in ("depth", "normal")}, features=z)
+            >>> opt.step()
+            >>> opt.last.groups
+            ('features',)
+
+        Reference:
+            Sener and Koltun, *Multi-Task Learning as Multi-Objective Optimization*, NeurIPS 2018, Section 3.3 (MGDA-UB).
 
         Note:
             An error in a backward pass, or a loss that reaches nothing, leaves some rows added to and others not: all
             gradients of the step are then forgotten.
 
+            With ``features``, the graph of the shared layers stays in memory until :meth:`combine`: that of each pass, in a
+            step of several. The rows of all passes are then side by side, and their Gram matrices add up. Parameters past
+            the features that several tasks reach are combined with the same coefficients. Steps that need no Gram matrix
+            (with ``measure=False``, or between those of ``every``) make no use of features.
+
             In a 1-D tensor, each task reaches whatever the tensor depends on, except directly behind ``torch.stack`` or
             ``torch.cat`` where the tasks are still apart. With heads of their own, pass a mapping.
         """
-        self._surgery.backward(losses, scaler, retain_graph, samples)
+        self._surgery.backward(losses, scaler, retain_graph, samples, features)
 
     @left_out
     def joint_loss(
@@ -393,9 +428,9 @@ class SurgeryOptimizer(torch.optim.Optimizer):
     # --- State ------------------------------------------------------------------------------------------------------
 
     @property
-    def rule(self) -> Rule:
+    def rule(self) -> AnyRule:
         """What happens to the gradients."""
-        return self._surgery.rule
+        return self._surgery.given
 
     @property
     def groups(self) -> Groups:
@@ -484,6 +519,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             "generator": self._surgery.generator.get_state(),
             "skipped": dict(self.skipped),
             "reuse": self._surgery.reuse.state_dict(),
+            **({"order": list(self._surgery.ranks.order)} if self.ranks > 1 and self._surgery.ranks.order else {}),
         }
 
     def load_surgery(self, saved: dict[str, Any], *, inner: dict[str, Any] | None = None) -> None:
@@ -507,6 +543,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         surgery.skipped = dict(saved["skipped"])
         surgery.reuse.load_state_dict(saved.get("reuse", {}), surgery.gradients)
         surgery.ranks.renew()
+        surgery.ranks.order = tuple(saved.get("order", ()))
 
     def __getstate__(self) -> dict[str, Any]:
         # `step` may be a scheduler's wrapper that is bound to this very object.

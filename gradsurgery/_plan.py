@@ -11,7 +11,7 @@ should some group have more, on the next. Nearly always there is one such *level
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +63,16 @@ class Level:
             weights = coefficients[cell.group].index_select(0, index)
             for p in cell.parameters:
                 yield p, rows[p].combine(weights)
+                rows[p].clear()
+
+    def operate(
+        self, rows: Sequence[Rows], function: Callable[[int, Rows, Tensor | None], Tensor], mixing: Tensor | None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """As :meth:`combine`, by a function of parameter, rows, and mixing matrix ``[k, k]``; None unless there is one."""
+        for cell, index in zip(self.cells, self._tasks, strict=True):
+            own = None if mixing is None else mixing[cell.group].index_select(0, index).index_select(1, index)
+            for p in cell.parameters:
+                yield p, function(p, rows[p], own)
                 rows[p].clear()
 
 

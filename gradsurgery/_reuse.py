@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._gradients import TaskGradients
+from ._gradients import TaskGradients, apart
 from ._step import Step
 
 _RIDGE = 1e-3
@@ -64,7 +64,7 @@ class Reuse:
             if chosen:
                 parameters = [gradients.parameters[p] for p in chosen]
                 found = torch.autograd.grad(outputs, parameters, starts, retain_graph=keep, allow_unused=True)
-                for p, gradient in zip(chosen, found, strict=True):
+                for p, gradient in zip(chosen, apart(found, starts), strict=True):
                     if gradient is not None:
                         add(p, gradient)
 

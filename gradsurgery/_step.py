@@ -28,6 +28,7 @@ class Step:
         mixing: ``[C, K, K]``, the rule's answer: ``g'_i = sum_j mixing[c, i, j] g_j``.
         losses: ``[K]``, detached, summed over accumulated passes; nan for an absent task.
         loss_weights: ``[K]``, what the rule weighed the losses with; None if it weighs none.
+        group_of: ``[C]``, the index of each cell's surgery group; None if cells and groups are the same.
     """
 
     tasks: tuple[str, ...]
@@ -37,6 +38,7 @@ class Step:
     mixing: Tensor
     losses: Tensor
     loss_weights: Tensor | None = None
+    group_of: Tensor | None = None
 
     @property
     def norms(self) -> Tensor:

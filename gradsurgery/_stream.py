@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from ._combination import Combination
@@ -52,7 +53,8 @@ class Stream:
 
     def complete(self, p: int) -> None:
         """All gradients of parameter ``p`` are there."""
-        self._gradients.rows[p].warm()
+        if self._combination.measured:
+            self._gradients.rows[p].warm()
         group = self._gradients.group_of[p]
         self._awaited[group].discard(p)
         if not self._awaited[group]:
@@ -71,3 +73,50 @@ class Stream:
         ready, self._ready = self._ready, []
         if ready:
             self._combination.add(ready)
+
+
+class Lockstep:
+    """The same on several ranks: on one part of the parameters after the other, in the order that is the same on all.
+
+    When a part sets out to the other ranks, surgery happens on the one before, and the one before that is back.
+
+    Args:
+        combination: what combines them.
+        parts: the parameters of each part.
+        awaited: those that this rank's backward pass will reach.
+    """
+
+    def __init__(self, combination: Combination, parts: Sequence[Sequence[int]], awaited: Iterable[int] = ()) -> None:
+        self._combination = combination
+        self._part_of = {p: i for i, part in enumerate(parts) for p in part}
+        self._awaited: list[set[int]] = [set() for _ in parts]
+        for p in awaited:
+            if p in self._part_of:
+                self._awaited[self._part_of[p]].add(p)
+        self._parts = deque(enumerate(parts))
+        self._under_way: deque[Iterator[None]] = deque()
+
+    def complete(self, p: int) -> None:
+        """All of this rank's gradients of parameter ``p`` are there."""
+        if p in self._part_of:
+            self._awaited[self._part_of[p]].discard(p)
+        while self._parts and not self._awaited[self._parts[0][0]]:
+            self._send()
+
+    def finish(self) -> None:
+        """Sends what is left, and waits for all."""
+        while self._parts:
+            self._send()
+        while self._under_way:
+            self._move()
+
+    def _send(self) -> None:
+        self._move()
+        stages = self._combination.stages(self._parts.popleft()[1])
+        self._under_way.append(stages)
+        next(stages)
+
+    def _move(self) -> None:
+        for stages in list(self._under_way):
+            if next(stages, self) is self:
+                self._under_way.remove(stages)

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._buffer import Rows
 from ._combination import Combination
 from ._compile import donated_buffers_explained
+from ._coordinates import AnyRule, parts
 from ._counts import Counts, read_samples
+from ._features import Features, FeatureSpec, read_features
 from ._gradients import TaskGradients
 from ._joint import joint_loss
 from ._losses import Losses, read_losses, task_names
 from ._mixed import MixedBatch
-from ._ranks import Meeting, Ranks
+from ._ranks import Lost, Meeting, Outlook, Ranks
 from ._reuse import Reuse
-from ._rule import Rule, State, implements
+from ._rule import State, implements
 from ._state import guarded, loaded
 from ._step import Step
-from ._stream import Stream, Streaming
+from ._stream import Lockstep, Stream, Streaming
 from .sources import Root, Source
 from .sources._split import Pass
 
@@ -62,10 +64,14 @@ class Surgery:
         seed: of the generator.
 
     Attributes:
+        given: the rule.
+        rule: the part of it that sees losses and Gram matrices; it may be the identity.
+        coordinates: the part that sees coordinates, or None.
         tasks: names of the tasks; None until they are known.
         state: the rule's.
         generator: that random rules draw from.
         split: the mixed batch whose losses are awaited, or None.
+        features: the gradients of a step that is operated on at features, or None.
         last: the record of the last combination, or None.
         skipped: how often each task sat out a step.
         reuse: when there is surgery, and what is reused when not.
@@ -74,7 +80,7 @@ class Surgery:
     def __init__(
         self,
         gradients: TaskGradients,
-        rule: Rule,
+        rule: AnyRule,
         source: Source,
         ranks: Ranks,
         *,
@@ -86,7 +92,8 @@ class Surgery:
         measure: bool,
     ) -> None:
         self.gradients = gradients
-        self.rule = rule
+        self.given = rule
+        self.rule, self.coordinates = parts(rule)
         self.source = source
         self.nonfinite = nonfinite
         self.tasks: tuple[str, ...] | None = None
@@ -109,6 +116,7 @@ class Surgery:
         self.gradients.clear()
         self.passes: list[tuple[Tensor, Tensor]] = []  # of this step: losses, and which tasks were there
         self.split: MixedBatch | None = None
+        self.features: Features | None = None
         self.scale: Tensor | None = None  # of the losses, by a GradScaler
         self._rested = False  # this step reuses a mixing: its gradients are in p.grad already
         self._sits_out: tuple[int, ...] = ()  # tasks of this step whose gradients are not finite
@@ -139,6 +147,8 @@ class Surgery:
     def fresh_state(self, tasks: tuple[str, ...]) -> State:
         """The rule's state before the first step."""
         gradients = self.gradients
+        if self.coordinates is not None:
+            self.coordinates.check(tasks)
         return self.rule.init(tasks, tuple(gradients.groups), device=gradients.device, dtype=gradients.dtype)
 
     def settle(self) -> None:
@@ -210,11 +220,12 @@ class Surgery:
         scaler: torch.amp.GradScaler | None,
         retain_graph: bool,
         samples: Mapping[str, float] | None = None,
+        features: FeatureSpec | None = None,
     ) -> None:
         """As :meth:`SurgeryOptimizer.backward`."""
         self.settle()
         batch, self.split = self.split, None
-        self._add(losses, batch, scaler, retain_graph=retain_graph, samples=samples)
+        self._add(losses, batch, scaler, retain_graph=retain_graph, samples=samples, features=features)
 
     def _add(
         self,
@@ -225,9 +236,13 @@ class Surgery:
         seed: Tensor | None = None,
         retain_graph: bool = False,
         samples: Mapping[str, float] | None = None,
+        features: FeatureSpec | None = None,
     ) -> None:
         """Adds each task's gradients to its rows: those of the losses, times ``scaler``'s scale; or times ``seed``."""
         self._check_open()
+        ends = None if features is None else self._read_features(features, batch)
+        if self.due and (ends is None) != (self.features is None):
+            raise ValueError("One step holds backward passes with `features` and without. Pass them in all of its passes.")
         before = self.tasks, self.state
         try:
             if batch is not None:
@@ -237,7 +252,7 @@ class Surgery:
                     )
                 self._backward_mixed(batch.check(losses), batch, scaler, seed, retain_graph)
             else:
-                self._backward_tasks(losses, scaler, seed, retain_graph, samples)
+                self._backward_tasks(losses, scaler, seed, retain_graph, samples, ends)
         except _Partial as partial:
             self.forget()
             self.tasks, self.state = before
@@ -250,8 +265,14 @@ class Surgery:
         seed: Tensor | None,
         retain_graph: bool,
         samples: Mapping[str, float] | None,
+        ends: list[Tensor] | None,
     ) -> None:
         found = read_losses(losses, self.tasks, none=self.ranks.size > 1)
+        step, targets = self.features, None
+        if ends is not None and not self.reuse.rests:
+            careful = self.nonfinite != "propagate"
+            step = step or Features(self.gradients, look=bool(self.state) or self.tasks is None, fail=careful)
+            targets = step.add(ends, found, retain_graph)
         if self.tasks is None:
             self.set_tasks(task_names(losses))
         assert self.tasks is not None
@@ -262,7 +283,7 @@ class Surgery:
             torch.stack([loss.value.detach().reshape(()).to(like) for loss in found]) if found else like[:0],
         )
         counts = read_samples(samples, [loss.name for loss in found], self.tasks)
-        factors, parameters, rows = self._begin(values, [index[loss.name] for loss in found], scaler, seed, counts)
+        factors, _ = self._begin(values, [index[loss.name] for loss in found], scaler, seed, counts)
         roots = [
             Root(index[loss.name], loss.name, loss.output, factors[index[loss.name]].to(loss.value).expand(loss.shape))
             for loss in found
@@ -276,6 +297,13 @@ class Surgery:
                 outputs = [root.output for root in roots]
                 self.reuse.gradients(outputs, own, shared, self.gradients, retain_graph, self._add_rested)
             return
+        if targets is not None:
+            self.features = step
+            parameters, rows = targets
+        else:
+            trained = self._trained()
+            parameters = [self.gradients.parameters[p] for p in trained]
+            rows = [self.gradients.rows[p] for p in trained]
         with _partial():
             self.source(roots, parameters, rows, retain_graph=retain_graph)
 
@@ -288,21 +316,25 @@ class Surgery:
         retain_graph: bool,
     ) -> None:
         verify = self._verify and not self.due
-        values = batch.values(losses, self.per_task)
-        factors, parameters, rows = self._begin(values, batch.present, scaler, seed, batch.counts(losses))
-        names = [n for n, p in zip(self.gradients.names, self.gradients.parameters, strict=True) if p.requires_grad]
-        if self._rested:
+        values, single, outlook = batch.values(losses, self.per_task), None, None
+        trained = self._trained()
+        parameters = [self.gradients.parameters[p] for p in trained]
+        if not self.reuse.rests:
+            rows, names = [self.gradients.rows[p] for p in trained], [self.gradients.names[p] for p in trained]
+            with _partial(), donated_buffers_explained():
+                single = Pass(losses, batch.labels(losses), parameters, rows, names)
+            stream = bool(self.streaming) and not verify and self._usual_passes == len(self.passes) + 1
+            outlook = Outlook(stream, partial(self._outlook, single, trained))
+        factors, streams = self._begin(values, batch.present, scaler, seed, batch.counts(losses), outlook)
+        if single is None:
             own, shared = ([batch.seeds(losses, factors * w)] for w in (self.reuse.own, self.reuse.weights))
             with _partial():
                 self.reuse.gradients([losses], own, shared, self.gradients, retain_graph, self._add_rested)
             return
         seeds = batch.seeds(losses, factors)
-        stream = bool(self.streaming) and not verify and self._usual_passes == len(self.passes) > 0
         with _partial(), donated_buffers_explained():
-            new = self.gradients.arena.take if stream else None
-            single = Pass(losses, batch.labels(losses), parameters, rows, names, new)
-            if stream:
-                self._run_streaming(single, seeds, retain_graph)
+            if streams:
+                self._run_streaming(single, trained, seeds, retain_graph)
             else:
                 single.run(seeds, retain_graph=retain_graph or verify)
             if verify:
@@ -318,18 +350,50 @@ class Surgery:
                 single.verify(weights, plain)
                 self._verify = False
 
-    def _run_streaming(self, single: Pass, seeds: Tensor, retain_graph: bool) -> None:
-        trained = [p for p, parameter in enumerate(self.gradients.parameters) if parameter.requires_grad]
+    def _outlook(self, single: Pass, trained: Sequence[int]) -> tuple[list[set[int]], list[int]]:
+        tasks: list[set[int]] = [set() for _ in self.gradients.parameters]
+        found, order = single.outlook()
+        for p, own in zip(trained, found, strict=True):
+            tasks[p] = own
+        return tasks, [trained[i] for i in order]
+
+    def _run_streaming(self, single: Pass, trained: Sequence[int], seeds: Tensor, retain_graph: bool) -> None:
         combination = self._combination(self.gradients, undoable=True)
-        stream = Stream(self.gradients, combination, [trained[i] for i in single.reached])
+        awaited = [trained[i] for i in single.reached]
+        parts = self.ranks.parts
+        stream: Stream | Lockstep = Stream(self.gradients, combination, awaited)
+        if parts is not None:
+            stream = Lockstep(combination, parts, awaited)
+
+        def run() -> None:
+            new, complete = self.gradients.arena.take, stream.complete
+            single.run(seeds, retain_graph=retain_graph, complete=lambda i: complete(trained[i]), new=new)
+
+        self._combine_in(stream, combination, run)
+        self._done = "streamed"
+
+    def _combine_in(self, stream: Stream | Lockstep, combination: Combination, run: Callable[[], None]) -> None:
+        """Combines what ``run`` brings; or, where anything goes wrong on any rank, leaves everything as it was on all."""
+        failed: Exception | None = None
         try:
-            single.run(seeds, retain_graph=retain_graph, complete=lambda i: stream.complete(trained[i]))
+            try:
+                run()
+            except Lost:
+                raise
+            except Exception as error:
+                if self.ranks.size == 1:
+                    raise
+                failed = error  # the others are not to wait for the rest of this rank's rows
             stream.finish()
+            self.ranks.confirm(failed)
         except BaseException:
             combination.undo()
             raise
         self._finish(combination)
-        self._done = "streamed"
+
+    def _read_features(self, features: FeatureSpec, batch: MixedBatch | None) -> list[Tensor]:
+        groups, ranks = len(self.gradients.groups), self.ranks.size
+        return read_features(features, groups=groups, ranks=ranks, mixed=batch is not None, source=self.source)
 
     def _check_open(self) -> None:
         """Raises unless this step can take in more gradients.
@@ -338,6 +402,7 @@ class Surgery:
         the gradients are gone.
         """
         if self._done and any(parameter.grad is not None for parameter in self.gradients.parameters):
+            self.ranks.refuse()
             raise RuntimeError(
                 f"backward() once more in a step that had {self._usual_passes} of them at most so far: this step's surgery "
                 f"has been {self._done}, and cannot take in more gradients. "
@@ -348,14 +413,23 @@ class Surgery:
             )
         self._done = ""
 
+    def _trained(self) -> list[int]:
+        return [p for p, parameter in enumerate(self.gradients.parameters) if parameter.requires_grad]
+
     def _begin(
-        self, values: Tensor, tasks: Iterable[int], scaler: torch.amp.GradScaler | None, seed: Tensor | None, counts: Counts
-    ) -> tuple[Tensor, list[Tensor], list[Rows]]:
-        """What comes before a backward pass: the tasks' factors ``[K]``, and the parameters and rows that are trained."""
+        self,
+        values: Tensor,
+        tasks: Iterable[int],
+        scaler: torch.amp.GradScaler | None,
+        seed: Tensor | None,
+        counts: Counts,
+        outlook: Outlook | None = None,
+    ) -> tuple[Tensor, bool]:
+        """What comes before a backward pass: the tasks' factors ``[K]``, and whether surgery happens inside it."""
         tasks = list(tasks)
         present = torch.zeros_like(values, dtype=torch.bool).index_fill(0, self._index(tuple(tasks)), True)
         self._rested = self.reuse.rests
-        meeting = self.ranks.meet(values, present, counts, ahead=self._rested)
+        meeting = self.ranks.meet(values, present, counts, ahead=self._rested, outlook=outlook)
         if self.weighs_ahead:
             self.weigh(meeting)
         shares = meeting.shares
@@ -375,8 +449,7 @@ class Surgery:
             if not self.due:
                 gradients.expect(tasks)
             self.passes.append((values, present))
-        trained = [p for p, parameter in enumerate(gradients.parameters) if parameter.requires_grad]
-        return factors, [gradients.parameters[p] for p in trained], [gradients.rows[p] for p in trained]
+        return factors, meeting.streams
 
     @torch.no_grad()
     def weigh(self, meeting: Meeting) -> None:
@@ -402,13 +475,17 @@ class Surgery:
                 else:
                     self._operate()
         except BaseException:
-            if self.ranks.size > 1:
+            if self.ranks.size > 1 or self.features is not None:
                 self.forget()
             raise
 
     def _operate(self) -> None:
         assert self.tasks is not None
-        gradients = self.ranks.reduce(self.gradients)
+        if self.ranks.parts is not None:
+            combination = self._combination(self.gradients, undoable=True)
+            self._combine_in(Lockstep(combination, self.ranks.parts), combination, lambda: None)
+            return
+        gradients = self.ranks.reduce(self.gradients if self.features is None else self.features)
         if self.nonfinite != "propagate":
             gradients.align()
             self._check_finite(self.tasks, gradients)
@@ -467,6 +544,7 @@ class Surgery:
             losses,
             present,
             self.ranks,
+            self.coordinates,
             undoable=undoable,
         )
 
@@ -513,7 +591,7 @@ class Surgery:
         if self.ranks.size > 1:
             raise TypeError("An optimizer that works with other processes cannot be copied: save its state_dict() instead.")
         # Gradients are not saved. Whoever unpickles this gives it `gradients`, and calls `forget`.
-        left_out = ("gradients", "_indices", "last", "passes", "split", "scale")
+        left_out = ("gradients", "_indices", "last", "passes", "split", "features", "scale")
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

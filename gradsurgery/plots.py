@@ -12,11 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ._recorder import Recorder
+from .rules._transference import TransferMatrix
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["cosine_heatmap", "operations", "similarity"]
+__all__ = ["cosine_heatmap", "operations", "similarity", "transference"]
 
 
 def cosine_heatmap(
@@ -46,22 +47,8 @@ def cosine_heatmap(
     index = [recorder.tasks.index(name) for name in names]
     cosines = _mean(recorder.cosines[:, recorder.select(groups)], (0, 1))[np.ix_(index, index)]
 
-    ax = _axes(ax, width=1.6 + 0.55 * len(names), height=1.2 + 0.5 * len(names))
     limit = max(float(np.nanmax(np.abs(cosines), initial=0.0)), 1e-3)
-    image = ax.imshow(cosines, cmap=_colours(), vmin=-limit, vmax=limit)
-    bar = ax.figure.colorbar(image, ax=ax, fraction=0.046, pad=0.04)
-    bar.ax.spines["outline"].set_visible(False)
-    bar.set_label("cosine similarity")
-    ax.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
-    ax.set_yticks(range(len(names)), names)
-    ax.tick_params(length=0)
-    for side in ax.spines.values():
-        side.set_visible(False)
-    if len(names) <= 12:
-        for (i, j), cosine in np.ndenumerate(cosines):
-            if np.isfinite(cosine):
-                colour = "white" if abs(cosine) > 0.65 * limit else "black"
-                ax.text(j, i, f"{cosine:.2f}".replace("-0.00", "0.00"), ha="center", va="center", fontsize=8, color=colour)
+    ax = _heatmap(cosines, names, limit, "cosine similarity", "{:.2f}", ax)
     if families is not None:
         _frame_families(ax, [families.get(name, "") for name in names])
     ax.set_title("Cosine similarity of the tasks' gradients")
@@ -144,6 +131,58 @@ def operations(
     ax.set_ylabel("pairs operated on")
     ax.set_title("Active operations")
     _finish(ax)
+    return ax
+
+
+def transference(transfer: TransferMatrix, *, order: Sequence[str] | None = None, ax: Axes | None = None) -> Axes:
+    """A heat map of what each task has done for each other one, over all steps and surgery groups.
+
+    Args:
+        transfer: what :meth:`Transference.read` returned.
+        order: the tasks to show, in order; None means all.
+        ax: where to draw.
+
+    Raises:
+        ValueError: for a task that was not measured.
+    """
+    names = list(transfer.tasks if order is None else order)
+    matrix = np.array(
+        [[transfer.of(source, target) if source != target else np.nan for target in names] for source in names]
+    )
+    limit = max(float(np.nanmax(np.abs(matrix), initial=0.0)), np.finfo(np.float64).tiny)
+    ax = _heatmap(matrix, names, limit, "loss that the source takes from the target", "{:+.2g}", ax)
+    ax.set_xlabel("target")
+    ax.set_ylabel("source")
+    ax.set_title("Transference")
+    return ax
+
+
+def _heatmap(
+    values: npt.NDArray[np.float64],
+    names: Sequence[str],
+    limit: float,
+    label: str,
+    form: str,
+    ax: Axes | None,
+) -> Axes:
+    """``[K, K]`` in colours around zero, with figures where there is room."""
+    ax = _axes(ax, width=1.6 + 0.55 * len(names), height=1.2 + 0.5 * len(names))
+    image = ax.imshow(values, cmap=_colours(), vmin=-limit, vmax=limit)
+    bar = ax.figure.colorbar(image, ax=ax, fraction=0.046, pad=0.04)
+    bar.ax.spines["outline"].set_visible(False)
+    bar.set_label(label)
+    ax.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
+    ax.set_yticks(range(len(names)), names)
+    ax.tick_params(length=0)
+    for side in ax.spines.values():
+        side.set_visible(False)
+    if len(names) <= 12:
+        for (i, j), value in np.ndenumerate(values):
+            if np.isfinite(value):
+                colour = "white" if abs(value) > 0.65 * limit else "black"
+                ax.text(
+                    j, i, form.format(value).replace("-0.00", "0.00"), ha="center", va="center", fontsize=8, color=colour
+                )
     return ax
 
 

@@ -11,7 +11,17 @@ import gradsurgery as gs
 
 torch.set_num_threads(1)  # the models are tiny, and threads wait for each other where other programs run
 
+collect_ignore = ["mutants.py"]  # a program, which needs more packages than the tests do
+
 TASKS = ("a", "b", "c")
+
+
+def pytest_collection_modifyitems(config, items):
+    """What needs several processes runs in one worker: they are started once, and do not wait for each other's cores."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            if item.get_closest_marker("distributed"):
+                item.add_marker(pytest.mark.xdist_group("distributed"))
 
 
 @pytest.fixture(autouse=True)

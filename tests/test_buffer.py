@@ -131,6 +131,46 @@ def test_sparse_adam():
         assert torch.equal(model.weight[[0, 3, 4, 6, 9]], plain.weight[[0, 3, 4, 6, 9]])  # never looked up
 
 
+@pytest.mark.parametrize(("shape", "dims"), [((6,), 1), ((2, 5), 2), ((5, 2), 2), ((3, 2, 4), 2), ((2, 3, 4), 3)])
+def test_rows_that_are_sparse_in_several_dimensions(shape, dims):
+    dense = torch.randn(4, *shape) * (torch.rand(4, *shape) < 0.6)
+    rows = _buffer.Rows()
+    for task, row in enumerate(dense):
+        rows.add(task, row.to_sparse(dims))
+    rows.align()
+    flat = dense.flatten(1).double()
+    torch.testing.assert_close(_buffer.gram([rows]), flat @ flat.T, rtol=1e-5, atol=1e-5)
+    weights = torch.tensor([0.5, -1.0, 2.0, 0.0])
+    torch.testing.assert_close(rows.combine(weights).to_dense(), (weights @ dense.flatten(1)).view(shape))
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_sparse_rows_without_any_entry(shape, dtype):
+    rows = _buffer.Rows()
+    for task in range(2):
+        rows.add(task, torch.zeros(shape, dtype=dtype).to_sparse(1))
+    rows.align()
+    assert torch.equal(_buffer.gram([rows]), torch.zeros(2, 2, dtype=torch.float64))
+    assert rows.combine(torch.ones(2)).shape == shape
+
+
+def test_a_sparse_gradient_of_single_numbers():
+    # That of gather(sparse_grad=True): every dimension is sparse, so that an entry is a number.
+    table = nn.Parameter(torch.randn(5, 4))
+    index = torch.tensor([[0, 1, 1, 4], [2, 1, 0, 4]])
+    found = []
+    for sparse in (False, True):
+        picked = torch.gather(table, 0, index, sparse_grad=sparse)
+        opt = gs.SurgeryOptimizer(torch.optim.SGD([table], lr=0.1), gs.PCGrad())
+        opt.backward({"a": (picked[0] - 1).square().sum(), "b": (picked[:, 1:] + 1).square().sum()})
+        opt.combine()
+        assert table.grad.is_sparse == sparse
+        found.append((table.grad.to_dense(), opt.last.gram))
+        table.grad = None
+    torch.testing.assert_close(found[1], found[0])
+
+
 # --- Dtypes -----------------------------------------------------------------------------------------------------------
 
 

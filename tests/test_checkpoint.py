@@ -249,6 +249,10 @@ MISFITS = {
         lambda: trained(groups="layer"),
         r"groups are not .*: only the checkpoint has 'layers\.0', 'layers\.2'; only this optimizer has 'model'",
     ),
+    "a group less": (
+        lambda: trained(groups={"model": ["layers.0.*"]}),
+        r"groups are not this optimizer's: only the checkpoint has '\(rest\)'\.",
+    ),
     "another model": (lambda: trained(Fewer()), r"groups are not this optimizer's: 'model' hold other parameters"),
     "a plain optimizer": (
         lambda: trained().optimizer,

@@ -38,7 +38,7 @@ def test_rules_lists_all_of_them(capsys):
     assert set(rows) == set(RULES)
     assert lines[0].split()[:4] == ["rule", "sees", "state", "separable"]
     assert all(re.search(r"\d+ µs|ms|–", row) for row in rows.values())
-    assert "NeurIPS 2020, Algorithm 1" in rows["PCGrad"]
+    assert "NeurIPS 2020 (arXiv:2001.06782), Algorithm 1" in rows["PCGrad"]
     assert "settings" in rows["STCH"]  # it is symmetric unless it has preferences
 
 

@@ -161,6 +161,11 @@ def test_activation_checkpointing(ranks):
     check(ranks, 2, "fsdp", gs.GradVac(beta=0.1), torch.float64, steps=5, checkpointed=True, groups="tensor")
 
 
+@pytest.mark.parametrize("how", ["fsdp", "tensor"])
+def test_coordinates(ranks, how):
+    check(ranks, 2, how, gs.Chain(gs.UncertaintyWeighting(), gs.TrimmedMean(1)), torch.float64, steps=5)
+
+
 def test_mixed_precision(ranks):
     check(ranks, 2, "half", gs.PCGrad(), torch.float32, close=0.02, steps=3)
 

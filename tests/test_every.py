@@ -167,3 +167,17 @@ def test_errors():
             wrap(model, gs.PCGrad(), every=every)
     with pytest.raises(ValueError, match="needs every=1"):
         wrap(model, gs.PCGrad(), every=2, nonfinite="skip")
+
+
+@pytest.mark.parametrize("settings", [{"every": 2}, {"measure": False}], ids=str)
+def test_gradients_that_are_equal_are_not_the_same_tensor(settings):
+    model = nn.ParameterDict({name: torch.zeros(3) for name in "xyz"})
+    opt = wrap(model, gs.Sum(), **settings)
+    for _ in range(2):
+        opt.zero_grad()
+        total = model["x"] + model["y"] + model["z"]
+        opt.backward([total.sum(), 2 * total.sum()])
+        opt.combine()
+    assert len({parameter.grad.data_ptr() for parameter in model.values()}) == 3
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    assert torch.cat([parameter.grad for parameter in model.values()]).norm() == pytest.approx(1.0, abs=1e-5)

@@ -7,6 +7,7 @@ import numpy as np
 import oracles
 import pytest
 import strategies
+import test_gate
 import test_weigh
 import torch
 from hypothesis import given, settings
@@ -50,6 +51,9 @@ RULES = {
     "cr-mogm": gs.CRMOGM(gs.MGDA()),
     "krum": gs.Krum(byzantine=0, selected=2),
     "equal norm": gs.EqualNorm(),
+    "adversary": gs.Adversary("0", mu=0.5),
+    "adversaries, in time": gs.Adversary(("0", "2"), steps=3),
+    "transference": gs.Transference(lr=0.1, beta=0.3),
     "pcgrad with weights": gs.PCGrad(weights={"0": 2.0, "2": 0.5}),
     "gradvac with weights": gs.GradVac(beta=0.3, weights={"0": 2.0, "2": 0.5}),
     "pcgrad, mean": gs.Chain(gs.PCGrad(), gs.Mean()),
@@ -70,7 +74,7 @@ BY_LENGTHS = (
 )
 
 WEIGHTED = ("upgrad with weights", "pcgrad with weights", "gradvac with weights")
-GATED = ("cosine gate", "cosine gate, unweighted")
+GATED = ("cosine gate", "cosine gate, unweighted", "adversary", "adversaries, in time")
 
 
 def rules(*exclude):
@@ -81,7 +85,8 @@ def rules(*exclude):
 def test_the_table_has_every_rule():
     parts = [part for rule in ALL.values() for part in (rule, *getattr(rule, "rules", ()))]
     parts += [part.rule for part in parts if isinstance(part, gs.CRMOGM)]
-    assert {type(part) for part in parts} == {gs.Rule, *(getattr(gs.rules, name) for name in gs.rules.__all__)}
+    every = {getattr(gs.rules, name) for name in gs.rules.__all__}
+    assert {type(part) for part in parts} == {gs.Rule, *(rule for rule in every if issubclass(rule, gs.Rule))}
 
 
 # --- Asking a rule ----------------------------------------------------------------------------------------------------
@@ -178,7 +183,15 @@ def _widened(jacobian, dim):
 # The core's rules, on which other rules rest: tried harder, and all pairs of them chained.
 FEW = ("identity", "sum", "mean", "pcgrad", "gradvac", "gradvac on some tasks", "mgda", "pcgrad, mean", "gradvac, mgda")
 
-ALL = {**RULES, **test_weigh.RULES, "famo, pcgrad": gs.Chain(gs.FAMO(), gs.PCGrad())}
+GATE = test_gate.seen_gate([str(k) for k in range(4)])
+ALL = {
+    **RULES,
+    **test_weigh.RULES,
+    "famo, pcgrad": gs.Chain(gs.FAMO(), gs.PCGrad()),
+    "task gate": gs.TaskGate(GATE, "0"),
+    "task gate, geometric": gs.TaskGate(GATE, "0", beta=1.0, mean="geometric"),
+    "transference in proportion to nothing": gs.Transference(relative=False),
+}
 CLAIMS = [(name, law) for name, rule in ALL.items() for law in LAWS.values() if law.claimed(rule)]
 
 

@@ -324,6 +324,16 @@ def test_nash_mtl_keeps_its_weights_between_updates():
         )
 
 
+def test_nash_mtl_counts_the_steps_of_each_group():
+    rule = gs.NashMTL(update_every=3)
+    state = rule.init(names(3), names(2))
+    first, second = (oracles.gram(np.stack([many(10 * g + step, 3, 5) for g in range(2)])) for step in range(2))
+    before, state = rule.mix(first, state, active=torch.tensor([[True] * 3, [False] * 3]))
+    after, _ = rule.mix(second, state)  # the first step of the second group, and none in which the first solves anew
+    assert torch.equal(after[0], before[0])
+    torch.testing.assert_close(after[1:], gs.NashMTL().mix(second[1:], {})[0])
+
+
 # --- GradNorm ---------------------------------------------------------------------------------------------------------
 
 
@@ -503,26 +513,26 @@ def test_what_is_not_finite_is_no_error(rule, tasks):
 
 @pytest.mark.parametrize("tasks", [6, 9, 20])
 def test_the_ways_to_solve_a_problem_agree(tasks):
-    from gradsurgery.rules import _solvers
+    from gradsurgery.rules import _complementarity, _shortest, _solvers
 
     jacobian = torch.tensor(np.stack([many(seed, tasks, tasks + 3) for seed in range(4)]))
     cosines = _solvers.directions(jacobian @ jacobian.mT, None).cosines
-    found = _solvers.complementary(cosines, cosines, "it")
-    newton = _solvers._by_interior_points(cosines, cosines, "it", 1e-12)
+    found = _complementarity.complementary(cosines, cosines, "it")
+    newton = _complementarity._by_interior_points(cosines, cosines, "it", 1e-12)
     torch.testing.assert_close(found, newton, rtol=0, atol=1e-8)
     if tasks == 6:
-        torch.testing.assert_close(_solvers._by_enumeration(cosines, cosines), newton, rtol=0, atol=1e-8)
-        shortest = _solvers.shortest_by_enumeration(cosines, torch.ones_like(cosines[..., 0], dtype=torch.bool))
-        weights, gap = _solvers.on_simplex(cosines, torch.ones_like(shortest, dtype=torch.bool), 1e-14, 50)
+        torch.testing.assert_close(_complementarity._by_enumeration(cosines, cosines), newton, rtol=0, atol=1e-8)
+        shortest = _shortest.shortest_by_enumeration(cosines, torch.ones_like(cosines[..., 0], dtype=torch.bool))
+        weights, gap = _shortest.on_simplex(cosines, torch.ones_like(shortest, dtype=torch.bool), 1e-14, 50)
         torch.testing.assert_close(shortest, weights, rtol=0, atol=1e-6)
         assert gap.max() <= 1e-14
 
 
 def test_stopping_early_names_the_rule():
-    from gradsurgery.rules import _solvers
+    from gradsurgery.rules import _complementarity, _solvers
 
     cosines = _solvers.directions(torch.tensor(many(0, 8, 9) @ many(0, 8, 9).T)[None], None).cosines
     with pytest.warns(RuntimeWarning, match="UPGrad stopped after 1 iterations with an error of .* nearly dependent"):
-        _solvers._by_interior_points(cosines, cosines, "UPGrad", 1e-12, iterations=1)
+        _complementarity._by_interior_points(cosines, cosines, "UPGrad", 1e-12, iterations=1)
     with pytest.warns(RuntimeWarning, match="FairGrad stopped with a relative error of"):
         gs.operate(torch.tensor([[1e-6, 0], [1e6, 1], [-1e3, 5]], dtype=torch.float64), gs.FairGrad(alpha=30.0))

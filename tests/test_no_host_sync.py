@@ -45,7 +45,7 @@ def elsewhere(monkeypatch):
     """Takes the way of other devices."""
     monkeypatch.setattr(_buffer, "_products_are_exact", lambda: False)
     monkeypatch.setattr(_solvers, "looks", lambda tensor: False)
-    for name in ("_mgda", "_cagrad", "_nash_mtl"):
+    for name in ("_complementarity", "_shortest", "_mgda", "_cagrad", "_nash_mtl"):
         monkeypatch.setattr(f"gradsurgery.rules.{name}.looks", lambda tensor: False)
 
 
@@ -103,6 +103,25 @@ def test_device(rule, source, monkeypatch):
             step(absent)
             step(absent)
     assert len(recorder.steps) == 6
+
+
+@pytest.mark.parametrize("rule", [gs.GradVac(), gs.GradDrop(0.5), gs.TrimmedMean(1)], ids=repr)
+@pytest.mark.parametrize("at_features", [True, False])
+def test_features_and_coordinates(rule, at_features, monkeypatch):
+    monkeypatch.setattr(_buffer, "_products_are_exact", lambda: False)
+    model = nn.ModuleList([nn.Linear(3, 4), *(nn.Linear(4, 1) for _ in range(3))])
+    opt = gs.SurgeryOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), rule, model=model)
+
+    def step():
+        z = model[0](torch.randn(5, 3))
+        opt.backward([head(z).square().mean() for head in model[1:]], features=z if at_features else None)
+        opt.step()
+        opt.zero_grad()
+
+    step()  # plans are made once
+    with NoReads():
+        step()
+        step()
 
 
 def test_step_with_a_scaler(monkeypatch):

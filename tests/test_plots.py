@@ -88,3 +88,15 @@ def test_bad_input_says_what_to_do(recorder, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without_matplotlib)
     with pytest.raises(ImportError, match=r'pip install "gradsurgery\[plots\]"'):
         gs.plots.similarity(recorder)
+
+
+def test_transference_is_drawn():
+    steps = np.ones((1, 3, 3))
+    steps[0, 2, 0] = 0  # "c" never met "a"
+    total = np.arange(9.0).reshape(1, 3, 3) - 4
+    ax = gs.plots.transference(gs.TransferMatrix(("a", "b", "c"), ("model",), total, total, steps), order=["c", "a"])
+    drawn = np.ma.filled(np.ma.masked_invalid(ax.get_images()[0].get_array()), np.nan)
+    np.testing.assert_array_equal(drawn, [[np.nan, np.nan], [-2, np.nan]])  # without what a task does for itself
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["c", "a"]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("target", "source")
+    assert [text.get_text() for text in ax.texts] == ["-2"]

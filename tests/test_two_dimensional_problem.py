@@ -102,3 +102,33 @@ def test_example_knows_all_rules(capsys):
     with pytest.raises(SystemExit):
         main(["--rules", "Klingon"])
     assert "invalid choice: 'Klingon'" in capsys.readouterr().err
+
+
+def test_two_dimensional_example_keeps_the_others_where_a_rule_refuses(tmp_path, monkeypatch):
+    from concurrent.futures import Future
+
+    from examples.two_dimensional import __main__ as example
+
+    class Pool:
+        def __init__(self, *_, **__):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def submit(self, function, rule, **settings):
+            job = Future()
+            if isinstance(rule, gs.FAMO):
+                job.set_exception(ValueError("FAMO needs losses that are not negative."))
+            else:
+                job.set_result(function(rule, **settings))
+            return job
+
+    monkeypatch.setattr(example, "ProcessPoolExecutor", Pool)
+    out = example.main(["--rules", "FAMO", "PCGrad", "--steps", "2", "--out", str(tmp_path)])
+    table = (out / "ends.md").read_text()
+    assert "| PCGrad |" in table
+    assert "FAMO cannot be run here: FAMO needs losses that are not negative." in table

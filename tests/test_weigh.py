@@ -130,7 +130,7 @@ def test_rlw_dirichlet_is_uniform_on_the_simplex():
             ),
         ),
     ],
-    ids=repr,
+    ids=["GLS", "ScaleInvariant", "STCH", "STCH of preferences"],
 )
 def test_weights_are_the_derivatives_of_the_scalarization(rule, scalarization):
     for losses in random_losses():

@@ -28,16 +28,23 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     started = time.perf_counter()
     chosen = {name: rule for name, rule in rules().items() if not options.rules or name in options.rules}
     paths: dict[str, list[Path2D]] = {}
+    refused: dict[str, str] = {}
     steps = 50 if options.quick else options.steps
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         jobs = {
             pool.submit(run, rule, steps=steps, lr=options.lr, seed=options.seed): name for name, rule in chosen.items()
         }
         for job in tqdm(as_completed(jobs), total=len(jobs), unit="rule", disable=None):
-            paths[jobs[job]] = job.result()
-    paths = {name: paths[name] for name in chosen}
+            try:
+                paths[jobs[job]] = job.result()
+            except ValueError as error:  # a rule that needs positive losses, which these are not everywhere
+                refused[jobs[job]] = str(error)
+    paths = {name: paths[name] for name in chosen if name in paths}
     options.out.mkdir(parents=True, exist_ok=True)
+    if not paths:
+        raise SystemExit("\n".join(f"{name} cannot be run here: {why}" for name, why in refused.items()))
     table = report.table(paths, steps)
+    table += "".join(f"\n{name} cannot be run here: {why}\n" for name, why in refused.items())
     (options.out / "ends.md").write_text(table, encoding="utf-8")
     report.picture(paths, options.out / "paths.png")
     print(f"{table}\n{steps} steps of Adam with a learning rate of {options.lr:g}; seed {options.seed}; "

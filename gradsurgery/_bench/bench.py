@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from .. import rules as all_rules
+from .._coordinates import AnyRule
 from .._optimizer import SurgeryOptimizer
-from .._rule import Rule
 from . import memory
 from .model import Workload, workload
 from .progress import progress
@@ -63,7 +63,7 @@ class Settings:
     memory: bool
 
 
-def rule_named(name: str) -> Rule:
+def rule_named(name: str) -> AnyRule:
     """The rule of this name, with its default settings; ``A+B`` is a chain.
 
     Raises:

@@ -15,8 +15,9 @@ So ``K + 1`` gradients travel where plain data-parallel training sends two. ``wi
 Where parameters are sharded already, ``shards`` leaves the rows where they are, and only the third step is left.
 """
 
-from .alone import Meeting, Ranks
+from .alone import Meeting, Outlook, Ranks
 from .find import ProcessGroup, ranks_of, source_for, take_over
 from .replicas import Replicas
+from .wire import Lost
 
-__all__ = ["Meeting", "ProcessGroup", "Ranks", "Replicas", "ranks_of", "source_for", "take_over"]
+__all__ = ["Lost", "Meeting", "Outlook", "ProcessGroup", "Ranks", "Replicas", "ranks_of", "source_for", "take_over"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from .._rule import State
 
 if TYPE_CHECKING:
     from .._surgery import Surgery
+    from .rounds import Round
 
 
 class Meeting(NamedTuple):
@@ -22,11 +23,25 @@ class Meeting(NamedTuple):
         losses: ``[K]``, the tasks' losses; zero for absent ones.
         present: ``[K]``, the tasks that are there.
         shares: ``[K]``, how much this rank's losses count in them; None where that is all, or is settled afterwards.
+        streams: whether surgery happens inside the pass.
     """
 
     losses: Tensor
     present: Tensor
     shares: Tensor | None
+    streams: bool = False
+
+
+class Outlook(NamedTuple):
+    """What this rank knows of a single pass before it runs.
+
+    Attributes:
+        streams: whether surgery could happen inside it, as far as this rank is concerned.
+        look: returns for each parameter the tasks that will reach it, and the order in which parameters will be complete.
+    """
+
+    streams: bool
+    look: Callable[[], tuple[Sequence[Collection[int]], Sequence[int]]]
 
 
 class Ranks:
@@ -40,17 +55,24 @@ class Ranks:
         divisor: by how much gradients are too small when a backward pass is over, since means were taken in it.
         why_not_streaming: the reason why surgery has to wait for the end of the backward pass; empty if it need not.
         why_not_split: the reason why mixed batches cannot be split; empty if they can.
+        parts: in which parts rows travel in this step, one after the other: of each, the parameters, which make up whole
+            surgery groups. None if they travel all at once, or not at all.
+        order: names of the surgery groups, in the order in which their rows travel; empty while it is not known.
     """
 
     size = 1
     divisor = 1
     why_not_streaming = ""
     why_not_split = ""
+    parts: Sequence[Sequence[int]] | None = None
+    order: Sequence[str] = ()
 
     def join(self, surgery: Surgery) -> None:
         """Says whose step it is. Called once."""
 
-    def meet(self, losses: Tensor, present: Tensor, counts: Counts, *, ahead: bool) -> Meeting:
+    def meet(
+        self, losses: Tensor, present: Tensor, counts: Counts, *, ahead: bool, outlook: Outlook | None = None
+    ) -> Meeting:
         """Ahead of a backward pass.
 
         Args:
@@ -58,8 +80,22 @@ class Ranks:
             present: ``[K]``, the tasks that are there on this rank.
             counts: of this rank's samples.
             ahead: whether the shares have to be known before the pass.
+            outlook: what is known of a single pass.
         """
-        return Meeting(losses, present, None)
+        return Meeting(losses, present, None, outlook is not None and outlook.streams)
+
+    def refuse(self) -> None:
+        """This rank cannot go on, since it has another backward pass after surgery: the others are not to wait for it."""
+
+    def confirm(self, error: Exception | None) -> None:
+        """At the end of a pass that surgery happened in.
+
+        Args:
+            error: what went wrong on this rank, which kept up with the others nevertheless.
+
+        Raises:
+            Exception: that, if there is one; and if there is one on another rank.
+        """
 
     def settle(self, due: bool) -> bool:
         """After the last backward pass of a step: whether any rank has gradients, given whether this one has."""
@@ -81,6 +117,10 @@ class Ranks:
     def reduce(self, gradients: TaskGradients) -> TaskGradients:
         """The rows of all ranks: those that this rank multiplies and combines."""
         return gradients
+
+    def travel(self, gradients: TaskGradients, parameters: Sequence[int]) -> Round:
+        """Sends the rows of one of the :attr:`parts` on their way."""
+        raise NotImplementedError
 
     def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Sums over the ranks of what each computed from its rows."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from .._buffer import Rows
 
 _BYTES = 1 << 25  # of rows, that travel together
+_PART = 1 / 16  # of all rows, at least, that surgery happens on at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,3 +108,17 @@ def arranged(reach: Mapping[int, tuple[int, ...]], parameters: Sequence[Tensor],
                 buckets.append(Bucket(tasks, places, -(-end // ranks), ranks, dtype, device))
                 places, end = {}, 0
     return buckets
+
+
+def parted(
+    groups: Iterable[Sequence[int]], reach: Sequence[tuple[int, ...]], parameters: Sequence[Tensor]
+) -> list[list[int]]:
+    """Groups of parameters, as many at a time as are worth a bucket, given the tasks that reached each parameter."""
+    sizes = [len(tasks) * like.numel() * like.element_size() for tasks, like in zip(reach, parameters, strict=True)]
+    enough = max(_BYTES, sum(sizes) * _PART)
+    parts: list[list[int]] = [[]]
+    for members in groups:
+        parts[-1] += [p for p in members if reach[p]]
+        if sum(sizes[p] for p in parts[-1]) >= enough:
+            parts.append([])
+    return [part for part in parts if part]

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .._buffer import Rows
 from .._counts import Counts
 from .._gradients import TaskGradients
-from .._plan import Reach
 from .._rule import State
 from .agreement import Agreement, digest, leaves
-from .alone import Meeting, Ranks
-from .buckets import Bucket, arranged, flat
+from .alone import Meeting, Outlook, Ranks
+from .reach import Mask, Reaches, all_dense, broken, digest_of, mask_of, promised, sparse_ones
+from .rounds import Round
 from .sections import VOLATILE, sections
 from .sparse import Exchange
 from .wire import Wire
@@ -25,9 +24,27 @@ from .wire import Wire
 if TYPE_CHECKING:
     from .._surgery import Surgery
 
-_PASS, _COMBINE = range(2)
+PASS, _COMBINE, _REFUSE = range(3)
 _KINDS = ("given", "alike", "mixed", "sum")
-_MOST_REACHES = 256
+_COUNTED = 0b1100  # the kinds that are known ahead of a pass
+
+
+class Facts(NamedTuple):
+    """What a rank tells the others at a meeting.
+
+    Attributes:
+        doing: what it is about to do.
+        kinds: the kinds of losses that it had in this step, a bit mask.
+        reach: a digest of the tasks that reached each parameter.
+        streams: whether rows could travel in parts.
+        order: a digest of the order in which they would; 0 if it is not known.
+    """
+
+    doing: int
+    kinds: int
+    reach: int = 0
+    streams: int = 0
+    order: int = 0
 
 
 class Replicas(Ranks):
@@ -43,21 +60,19 @@ class Replicas(Ranks):
         check: compare states, random generators and parameters after each step.
     """
 
-    why_not_streaming = "rows are added up over the ranks at the end of the backward pass"
-
     def __init__(self, group: dist.ProcessGroup, *, result: bool = False, check: bool = False) -> None:
         self._wire = Wire(group)
         self.size = self._wire.size
         self._result = result
         self._check = check
         self._settled = False
-        self._reaches: dict[tuple[int, ...], np.ndarray[tuple[int, int], np.dtype[np.uint8]]] = {}
-        self._arranged: dict[tuple[tuple[int, ...], tuple[int, ...]], list[Bucket]] = {}
+        self._reaches = Reaches(self._wire)
 
     def join(self, surgery: Surgery) -> None:
         self._surgery = surgery
         compared = sections(surgery, result=self._result, whole=self.divisor == 1)
         self._agreement = Agreement(self._wire, compared, VOLATILE, self._adopt)
+        self._seen: Sequence[str] = ()  # the order in which this rank's groups were complete
         self.forget()
 
     def _adopt(self, section: str, description: object) -> None:
@@ -66,8 +81,8 @@ class Replicas(Ranks):
 
     def renew(self) -> None:
         self._agreement.renew()
-        self._reaches.clear()
-        self._arranged.clear()
+        self._reaches.forget()
+        self.order, self._seen = (), ()
 
     def forget(self) -> None:
         self._kinds: set[str] = set()
@@ -76,21 +91,59 @@ class Replicas(Ranks):
         self._own_passes: list[int] = []  # and with losses of this rank
         self._there: list[bool] = []
         self._shares: list[float] = []
+        self._promised: Mask | None = None  # what was known ahead of the passes
+        self._streams = False
+        self._surprise = ""
+        self.parts = None
 
     def reopen(self) -> None:
         self._settled = False
 
     # --- Ahead of a backward pass -------------------------------------------------------------------------------------
 
-    def meet(self, losses: Tensor, present: Tensor, counts: Counts, *, ahead: bool) -> Meeting:
+    def meet(
+        self, losses: Tensor, present: Tensor, counts: Counts, *, ahead: bool, outlook: Outlook | None = None
+    ) -> Meeting:
         self._settled = False
         self._kinds.add(counts.kind)
         if not (ahead or counts.kind in ("mixed", "sum")):
             old = self._counts or [0.0] * len(counts.of)
             self._counts = [a + b for a, b in zip(old, counts.of, strict=True)]
             return Meeting(losses, present, None)
-        self._check_kinds(self._agreement.meet(_PASS, self._kind_bits, 0))
-        return self._pass(losses, counts)
+        facts, mask = Facts(PASS, self._kind_bits), None
+        if outlook is not None:
+            promise = self._look(outlook)
+            self._promised = promise if self._promised is None else self._promised | promise
+            if outlook.streams and all_dense(rows := self._mask()):
+                mask = rows | promise
+                facts = facts._replace(reach=digest_of(mask), streams=1, order=self._order_digest)
+        return self._enter(self._meet(facts), losses, counts, mask)
+
+    def _meet(self, facts: Facts) -> list[Facts]:
+        table = [Facts(*row) for row in self._agreement.meet(*facts)]
+        for rank, theirs in zip(self._wire.names, table, strict=True):
+            if theirs.doing == _REFUSE != facts.doing:
+                raise RuntimeError(
+                    f"Rank {rank} called backward() once more in a step whose surgery was done already, on all ranks. Its "
+                    "own message says what to do."
+                )
+        return table
+
+    def refuse(self) -> None:
+        self._meet(Facts(_REFUSE, 0))
+
+    def _enter(self, table: Sequence[Facts], losses: Tensor, counts: Counts | None, mask: Mask | None = None) -> Meeting:
+        """Begins a pass of some ranks; this one may have none. Where all are ready, rows travel inside of it."""
+        self._check_kinds(table)
+        meeting = self._pass(losses, counts)
+        self._streams = all(theirs.streams for theirs in table)
+        if self._streams:
+            self._settled = True
+            self._shares = [1.0] * len(losses)
+            self._agreed = self._mask() if mask is None else mask
+            self._reaches.learn(tuple(theirs.reach for theirs in table), self._agreed)
+            self._part(table)
+        return meeting._replace(streams=self._streams)
 
     def _pass(self, losses: Tensor, counts: Counts | None) -> Meeting:
         """What a pass of some ranks holds; this one may have none."""
@@ -123,10 +176,10 @@ class Replicas(Ranks):
         return sum(1 << i for i, kind in enumerate(_KINDS) if kind in self._kinds)
 
     @staticmethod
-    def _check_kinds(table: Sequence[Sequence[int]]) -> int:
+    def _check_kinds(table: Sequence[Facts]) -> int:
         bits = 0
-        for _, ours, _ in table:
-            bits |= ours
+        for theirs in table:
+            bits |= theirs.kinds
         kinds = [kind for i, kind in enumerate(_KINDS) if bits >> i & 1]
         if len(kinds) > 1:
             names = {
@@ -147,13 +200,18 @@ class Replicas(Ranks):
         if self._settled:
             return False
         mask = self._mask()
-        ours = digest({"reach": mask.tobytes().hex()})
-        table = self._agreement.meet(_COMBINE, self._kind_bits, ours)
-        while any(kind == _PASS for kind, _, _ in table):
+        self._notice(mask)
+        able = bool(self._surgery.streaming) and not self._surgery.reuse.rests and all_dense(mask)
+        facts = Facts(_COMBINE, self._kind_bits, digest_of(mask), int(able), self._order_digest)
+        table = self._meet(facts)
+        while any(theirs.doing == PASS for theirs in table):
             self._wait(table)
-            table = self._agreement.meet(_COMBINE, self._kind_bits, ours)
+            if self._streams:
+                return True
+            table = self._meet(facts)
         self._settled = True
-        if not self._check_kinds(table):
+        kinds = self._check_kinds(table)
+        if not kinds:
             return False
         count = len(self._surgery.per_task)
         if any(self._there):
@@ -163,32 +221,52 @@ class Replicas(Ranks):
             totals = self._wire.host_sum(own)
             self._there = [total > 0 for total in totals]
             self._shares = [n / total if total else 0.0 for n, total in zip(own, totals, strict=True)]
-        self._key = tuple(reach for _, _, reach in table)
-        if self._key not in self._reaches:
-            if len(self._reaches) >= _MOST_REACHES:
-                self._reaches.clear()
-                self._arranged.clear()
-            mask = self._mask()  # this rank may have learnt the tasks by now
-            self._reaches[self._key] = self._wire.host_max(torch.from_numpy(mask)).numpy()
+        mask = self._mask()  # this rank may have learnt the tasks by now
+        self._reaches.learn(tuple(theirs.reach for theirs in table), mask)
+        if kinds & _COUNTED and all(theirs.streams for theirs in table):
+            self._part(table)
         return True
 
-    def _wait(self, table: Sequence[Sequence[int]]) -> None:
+    def _wait(self, table: Sequence[Facts]) -> None:
         """Takes part in another pass of others, without losses."""
-        self._check_kinds(table)
-        meeting = self._pass(self._surgery.per_task, None)
+        meeting = self._enter(table, self._surgery.per_task, None)
         if self._surgery.weighs_ahead:
             self._surgery.weigh(meeting)
 
-    def _mask(self) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
-        """For each parameter: which tasks reached it; whether a row is dense; and whether the result has to be."""
-        gradients, tasks = self._surgery.gradients, self._surgery.tasks
-        mask = np.zeros((len(gradients.rows), len(tasks or ()) + 2), np.uint8)
-        for p, rows in enumerate(gradients.rows):
-            if reached := rows.tasks:
-                mask[p, list(reached)] = 1
-                mask[p, -2] = any(not row.is_sparse for row in rows.of.values()) if rows.maybe_sparse else 1
-                mask[p, -1] = rows.to_be_dense
-        return mask
+    def _mask(self) -> Mask:
+        return mask_of(self._surgery.gradients.rows, len(self._surgery.tasks or ()))
+
+    def _look(self, outlook: Outlook) -> Mask:
+        """Which rows a pass will have; and the order in which it will complete surgery groups."""
+        gradients = self._surgery.gradients
+        reach, complete = outlook.look()
+        if not self._seen:
+            names = list(gradients.groups)
+            self._seen = list(dict.fromkeys(names[gradients.group_of[p]] for p in reversed(complete)))[::-1]
+        return promised(reach, len(self._surgery.per_task))
+
+    def _notice(self, mask: Mask) -> None:
+        """Compares the rows of a step with what was known ahead of its passes."""
+        if self._promised is None or self.why_not_streaming:
+            return
+        names = self._surgery.gradients.names
+        if sparse := sparse_ones(mask):
+            self.why_not_streaming = (
+                f"gradients of {names[sparse[0]]!r} are sparse: how much is to be sent shows at the end of a backward pass"
+            )
+        elif len(odd := np.flatnonzero((self._promised[:, :-2] != mask[:, :-2]).any(1))):
+            self.why_not_streaming = f"which tasks reach {names[odd[0]]!r} shows at the end of a backward pass only"
+
+    @property
+    def _order_digest(self) -> int:
+        return digest(dict.fromkeys(self.order, "")) if self.order else 0
+
+    def _part(self, table: Sequence[Facts]) -> None:
+        """Settles in which parts rows travel, the same on all ranks whatever is complete first on each of them."""
+        if len({theirs.order for theirs in table}) > 1 or not table[0].order:
+            found = self._wire.gather_objects((list(self.order), list(self._seen)))
+            self.order = next((order for orders in zip(*found, strict=True) for order in orders if order), ())
+        self.parts = self._reaches.parts(self.order, self._surgery.gradients)
 
     def own(self, losses: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         # Where the shares were known ahead, they are in the losses.
@@ -198,60 +276,64 @@ class Replicas(Ranks):
     # --- Rows ---------------------------------------------------------------------------------------------------------
 
     def reduce(self, gradients: TaskGradients) -> TaskGradients:
-        mask = self._reaches[self._key]
-        reach: Reach = tuple(tuple(np.flatnonzero(line[:-2]).tolist()) for line in mask)
-        dense = {p: tasks for p, tasks in enumerate(reach) if tasks and mask[p, -2]}
-        sparse = {p: tasks for p, tasks in enumerate(reach) if tasks and not mask[p, -2]}
-        reduced = gradients.with_rows([Rows() for _ in reach])
-        if sparse:
+        reach = {p: tasks for p, tasks in enumerate(self._reaches.tasks) if tasks}
+        dense = {p: tasks for p, tasks in reach.items() if self._reaches.dense(p)}
+        exchanged = {}
+        if len(dense) < len(reach):
+            sparse = [p for p in reach if p not in dense]
             exchange = Exchange(self._wire, [gradients.rows[p] for p in sparse], self._shares)
             factor = float(self._wire.rank == 0) / (self.size if self._result else 1)
-            for i, (p, tasks) in enumerate(sparse.items()):
-                parameter, to_be_dense = gradients.parameters[p], bool(mask[p, -1])
+            for i, p in enumerate(sparse):
+                parameter, tasks, to_be_dense = gradients.parameters[p], reach[p], self._reaches.to_be_dense(p)
                 if to_be_dense and exchange.is_larger(i, parameter, tasks):
                     dense[p] = tasks
                 else:
-                    reduced.rows[p] = exchange.rows(i, parameter, tasks, to_be_dense, factor)
+                    exchanged[p] = exchange.rows(i, parameter, tasks, to_be_dense, factor)
                     gradients.rows[p].clear()
-        key = self._key, tuple(dense)
-        if key not in self._arranged:
-            self._arranged[key] = arranged(dense, gradients.parameters, self.size)
-        self._buckets = self._arranged[key]
-        if self._result:
-            for p, tasks in dense.items():
-                self._scale(gradients.rows[p], reduced.rows[p], gradients.parameters[p], tasks)
-        else:
-            self._scatter(gradients, reduced)
-        return reduced
+        self._round = self._new_round(gradients, dense)
+        for p, rows in exchanged.items():
+            self._round.reduced.rows[p] = rows
+        self._round.start(1)
+        return self._round.rows()
 
-    def _scatter(self, gradients: TaskGradients, reduced: TaskGradients) -> None:
-        waiting = []
-        for bucket in self._buckets:
-            if bucket.width:
-                shard = bucket.shard()
-                parts = bucket.pack(gradients.rows, self._shares)
-                waiting.append((bucket, shard, self._wire.start_reduce_scatter(shard, parts)))
-            if len(waiting) > 1:
-                self._deliver(*waiting.pop(0), reduced)
-        for item in waiting:
-            self._deliver(*item, reduced)
-        for bucket in self._buckets:
-            if not bucket.width:
-                self._deliver(bucket, bucket.shard(), None, reduced)
+    def gather(self, combined: Iterable[tuple[int, Tensor]]) -> Iterable[tuple[int, Tensor]]:
+        return self._round.gather(combined)
 
-    def _deliver(self, bucket: Bucket, shard: Tensor, work: object, reduced: TaskGradients) -> None:
-        if work is not None:
-            work.wait()  # type: ignore[attr-defined]
-        for p, place in bucket.of_rank(self._wire.rank):
-            reduced.rows[p].add_block(bucket.tasks[p], shard[:, place].contiguous(), owned=True)
+    def travel(self, gradients: TaskGradients, parameters: Sequence[int]) -> Round:
+        for p in parameters:
+            self._check_promise(p)
+        reach = self._reaches.tasks
+        found = self._new_round(gradients, {p: reach[p] for p in parameters})
+        found.start()
+        return found
 
-    def _scale(self, rows: Rows, into: Rows, parameter: Tensor, tasks: Sequence[int]) -> None:
-        """This rank's rows times its shares; zero for tasks that only others have."""
-        own = rows.of
-        for task in tasks:
-            row = own.get(task)
-            into.add(task, flat(torch.zeros_like(parameter) if row is None else row * self._shares[task]))
-        rows.clear()
+    def _new_round(self, gradients: TaskGradients, reach: dict[int, tuple[int, ...]]) -> Round:
+        return Round(self._wire, gradients, self._reaches.buckets(reach, gradients), self._shares, result=self._result)
+
+    def _check_promise(self, p: int) -> None:
+        if self._streams and broken(self._surgery.gradients.rows[p], self._agreed, p):
+            self._surprise = self._surprise or self._surgery.gradients.names[p]
+
+    def confirm(self, error: Exception | None) -> None:
+        if not self._streams:
+            return
+        left = [p for p, rows in enumerate(self._surgery.gradients.rows) if rows.tasks]
+        if error is None and (left or self._surprise):
+            name = self._surprise or self._surgery.gradients.names[left[0]]
+            error = RuntimeError(
+                f"The gradients of {name!r} in this single pass are of other tasks, or of another layout, than had been "
+                "known ahead, as it was in the steps before, and told to the other ranks. Make the optimizers of all ranks "
+                "with stream=False."
+            )
+        if any(failed for (failed,) in self._wire.gather_numbers([error is not None])):
+            texts = self._wire.gather_objects(None if error is None else f"{type(error).__name__}: {error}")
+            if error is not None:
+                raise error
+            rank, text = next((r, text) for r, text in zip(self._wire.names, texts, strict=True) if text is not None)
+            raise RuntimeError(
+                f"Rank {rank} failed in the backward pass of this step, in which surgery happens too. Gradients and state "
+                f"are what they were before it, on all ranks. Its error: {text}"
+            )
 
     def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         *grams, losses, overflows = tensors
@@ -260,41 +342,6 @@ class Replicas(Ranks):
         together = self._wire.sum(torch.cat([tensor.reshape(-1) for tensor in (*grams, losses, overflows)]))
         pieces = torch.split(together, [tensor.numel() for tensor in tensors])
         return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
-
-    def gather(self, combined: Iterable[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor]]:
-        bucket_of = {p: bucket for bucket in self._buckets for p in bucket.places}
-        missing = {bucket: set(bucket.places) for bucket in self._buckets}
-        parts: dict[int, Tensor] = {}
-        started: list[tuple[Bucket, Tensor, object]] = []
-        for p, part in combined:
-            if p not in bucket_of:
-                yield p, part
-                continue
-            bucket = bucket_of[p]
-            parts[p] = part
-            missing[bucket].discard(p)
-            if not missing[bucket]:
-                started.append((bucket, *self._start(bucket, [parts.pop(q) for q in bucket.places])))
-            if len(started) > 1:
-                yield from self._finish(*started.pop(0))
-        for item in started:
-            yield from self._finish(*item)
-
-    def _start(self, bucket: Bucket, parts: Sequence[Tensor]) -> tuple[Tensor, object]:
-        part = torch.cat([flat(part) for part in parts])
-        if self._result:
-            return part, self._wire.start_sum(part)
-        if not bucket.width:
-            return part, None
-        shard = part.new_zeros(bucket.width)
-        shard[: len(part)] = part
-        whole = part.new_empty(self.size * bucket.width)
-        return whole, self._wire.start_all_gather(whole, shard)
-
-    def _finish(self, bucket: Bucket, whole: Tensor, work: object) -> Iterator[tuple[int, Tensor]]:
-        if work is not None:
-            work.wait()  # type: ignore[attr-defined]
-        yield from bucket.whole(whole, self._surgery.gradients.parameters)
 
     def union(self, places: list[tuple[int, str]]) -> list[tuple[int, str]]:
         names = self._surgery.gradients.names

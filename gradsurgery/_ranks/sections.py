@@ -53,7 +53,7 @@ def sections(surgery: Surgery, *, result: bool, whole: bool) -> dict[str, Callab
 
     return {
         "tasks": tasks,
-        "rule": lambda: {"rule": repr(surgery.rule)},
+        "rule": lambda: {"rule": repr(surgery.given)},
         "surgery groups": groups,
         "parameters": parameters,
         "trained parameters": trained,

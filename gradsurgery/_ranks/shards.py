@@ -14,8 +14,8 @@ from .._counts import Counts
 from .._gradients import TaskGradients
 from .._rule import State
 from .agreement import digest, leaves
-from .alone import Meeting
-from .replicas import Replicas
+from .alone import Meeting, Outlook
+from .replicas import PASS, Facts, Replicas
 
 if TYPE_CHECKING:
     from .._surgery import Surgery
@@ -78,14 +78,16 @@ class Shards(Replicas):
         if not all(isinstance(rows, LocalRows) for rows in gradients.rows):
             gradients.rows = [LocalRows(parameter) for parameter in gradients.parameters]
 
-    def meet(self, losses: Tensor, present: Tensor, counts: Counts, *, ahead: bool) -> Meeting:
+    def meet(
+        self, losses: Tensor, present: Tensor, counts: Counts, *, ahead: bool, outlook: Outlook | None = None
+    ) -> Meeting:
         if self._fsdp:
-            ours = digest({"tasks": str(present.tolist())})
-            if len(table := {tuple(row) for row in self._agreement.meet(0, 0, ours)}) > 1:
-                self._wait(list(table))
+            table = self._meet(Facts(PASS, 0, digest({"tasks": str(present.tolist())})))
+            if len(set(table)) > 1:
+                self._wait(table)
         return super().meet(losses, present, counts, ahead=True)
 
-    def _wait(self, table: Sequence[Sequence[int]]) -> None:
+    def _wait(self, table: Sequence[Facts]) -> None:
         if not self._fsdp:
             return super()._wait(table)
         raise ValueError(

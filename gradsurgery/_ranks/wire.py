@@ -15,6 +15,10 @@ _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.redu
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
+class Lost(RuntimeError):
+    """Another rank does not answer."""
+
+
 class Wire:
     """The collectives of a process group.
 
@@ -109,7 +113,7 @@ def _explained(doing: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # among them, torch.distributed's own
-        raise RuntimeError(
+        raise Lost(
             f"Rank {dist.get_rank()} lost another rank, or waited in vain for it, while {doing}. Every rank has to call "
             "combine() or step() in each step. If a rank has died, start all of them again from the last checkpoint. "
             f"PyTorch says: {error}"

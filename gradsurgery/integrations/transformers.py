@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._coordinates import AnyRule
 from .._groups import GroupSpec
 from .._losses import Losses
 from .._optimizer import SurgeryOptimizer
-from .._rule import Rule
 from ._common import missing, surgery_in, train_together
 
 try:
@@ -59,7 +59,7 @@ class SurgeryTrainer(Trainer):
     def __init__(
         self,
         *args: Any,
-        rule: Rule,
+        rule: AnyRule,
         tasks: Iterable[str] | int | None = None,
         groups: GroupSpec = "model",
         task_column: str = "task_ids",

@@ -1,5 +1,6 @@
 """The rules: one file per paper."""
 
+from ._adversary import Adversary
 from ._agem import AGEM
 from ._aligned_mtl import AlignedMTL
 from ._cagrad import CAGrad
@@ -14,6 +15,7 @@ from ._fairgrad import FairGrad
 from ._famo import FAMO
 from ._gem import GEM
 from ._gls import GLS
+from ._graddrop import GradDrop
 from ._gradnorm import GradNorm
 from ._gradvac import GradVac
 from ._imtl_g import IMTLG
@@ -28,6 +30,9 @@ from ._scale_invariant import ScaleInvariant
 from ._sdmgrad import SDMGrad
 from ._stch import STCH
 from ._sum import Mean, Sum
+from ._task_gate import TaskGate
+from ._transference import Transference
+from ._trimmed_mean import TrimmedMean
 from ._uncertainty import UncertaintyWeighting
 from ._upgrad import UPGrad
 
@@ -43,6 +48,7 @@ __all__ = [
     "MGDA",
     "RLW",
     "STCH",
+    "Adversary",
     "AlignedMTL",
     "CAGrad",
     "Chain",
@@ -51,6 +57,7 @@ __all__ = [
     "DualProj",
     "EqualNorm",
     "FairGrad",
+    "GradDrop",
     "GradNorm",
     "GradVac",
     "Krum",
@@ -61,6 +68,9 @@ __all__ = [
     "SDMGrad",
     "ScaleInvariant",
     "Sum",
+    "TaskGate",
+    "Transference",
+    "TrimmedMean",
     "UPGrad",
     "UncertaintyWeighting",
 ]

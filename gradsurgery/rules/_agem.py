@@ -33,7 +33,8 @@ class AGEM(Rule):
         tensor([0., 1.])
 
     Reference:
-        Chaudhry, Ranzato, Rohrbach and Elhoseiny, *Efficient Lifelong Learning with A-GEM*, ICLR 2019, Equation 11.
+        Chaudhry, Ranzato, Rohrbach and Elhoseiny, *Efficient Lifelong Learning with A-GEM*, ICLR 2019 (arXiv:1812.00420),
+        Equation 11.
 
     Note:
         A parameter that a single task reaches gets that task's gradient, since no rule operates on it: freeze heads that

@@ -38,7 +38,8 @@ class AlignedMTL(Rule):
         tensor([0.5000, 0.5000])
 
     Reference:
-        Senushkin et al., *Independent Component Alignment for Multi-Task Learning*, CVPR 2023, Algorithm 1.
+        Senushkin et al., *Independent Component Alignment for Multi-Task Learning*, CVPR 2023 (arXiv:2305.19000), Algorithm
+        1.
 
     Note:
         Eigenvalues below ``K eps`` times the largest count as zero, with the ``eps`` of float32, as in the authors' code:

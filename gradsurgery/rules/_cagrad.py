@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .._rule import Rule, State
-from ._solvers import UNSOLVED, complementary, directions, looks, warn
+from ._complementarity import complementary
+from ._solvers import UNSOLVED, directions, looks, warn
 from ._weights import diagonal, shares
 
 _STEPS = 20  # far more than are needed, unless a step is limited by rounding
@@ -36,7 +37,8 @@ class CAGrad(Rule):
         tensor([1.5000, 1.5000])
 
     Reference:
-        Liu, Liu, Jin, Stone and Liu, *Conflict-Averse Gradient Descent for Multi-Task Learning*, NeurIPS 2021, Algorithm 1.
+        Liu, Liu, Jin, Stone and Liu, *Conflict-Averse Gradient Descent for Multi-Task Learning*, NeurIPS 2021
+        (arXiv:2110.14048), Algorithm 1.
 
     Note:
         The authors' code divides the result by ``1 + c^2``; the paper does not, and neither do we. They leave the problem
@@ -72,9 +74,11 @@ class CAGrad(Rule):
         zero = ~there if active is None else active & ~there
         cap = torch.where(zero.any(-1, keepdim=True), 0.0, torch.inf).to(norms)
         gain = torch.where(there, norms * (products + radius), cap).amin(-1, keepdim=True)
+        multiples = None
         for _ in range(_STEPS):
-            x = complementary(cosines, (products - gain * inverse)[:, None], "CAGrad").squeeze(1)
-            distance = (x * (cosines @ x[..., None]).squeeze(-1)).sum(-1, keepdim=True).clamp_min(0).sqrt()
+            multiples = complementary(cosines, (products - gain * inverse).unsqueeze(1), "CAGrad", start=multiples)
+            distance = (torch.bmm(multiples, cosines) * multiples).sum(-1).clamp_min(0).sqrt()
+            x = multiples.squeeze(1)
             total = (x * inverse).sum(-1, keepdim=True)
             change = torch.where(total > 0, (radius - distance) * distance / torch.where(total > 0, total, 1.0), 0.0)
             change = torch.minimum(change, cap - gain)

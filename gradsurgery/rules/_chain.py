@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .._coordinates import AnyRule, CoordinateRule
 from .._rule import Rule, State, implements
 
 if TYPE_CHECKING:
@@ -23,11 +24,16 @@ class Chain(Rule):
     rule weighs the losses as the ones before it weighted them; all weigh before any mixes.
 
     Args:
-        rules: at least one rule. Chains inside a chain are flattened.
+        rules: at least one rule. Chains inside a chain are flattened. The last may be a :class:`CoordinateRule`, which
+            makes one gradient of those that the others leave.
+
+    Attributes:
+        rules: the rules that see losses and Gram matrices.
+        coordinates: the coordinate rule at the end, or None.
 
     Raises:
-        ValueError: without any rule.
-        TypeError: if one of them is not a :class:`Rule`.
+        ValueError: without any rule, and for a coordinate rule that is not the last.
+        TypeError: if one of them is no rule.
 
     Example:
         >>> import gradsurgery as gs
@@ -36,18 +42,27 @@ class Chain(Rule):
     """
 
     rules: tuple[Rule, ...]
+    coordinates: CoordinateRule | None
 
-    def __init__(self, *rules: Rule) -> None:
+    def __init__(self, *rules: AnyRule) -> None:
         if not rules:
             raise ValueError("`Chain` needs at least one rule. Found none; write Chain(PCGrad(), Mean()), say.")
         for rule in rules:
-            if not isinstance(rule, Rule):
+            if not isinstance(rule, (Rule, CoordinateRule)):
                 raise TypeError(f"`Chain` takes rules. Found {rule!r} of type {type(rule).__name__}.")
-        flat = [part for rule in rules for part in (rule.rules if isinstance(rule, Chain) else (rule,))]
+        flat = [part for rule in rules for part in (rule._parts if isinstance(rule, Chain) else (rule,))]
+        last = flat.pop() if isinstance(flat[-1], CoordinateRule) else None
+        if early := [part for part in flat if isinstance(part, CoordinateRule)]:
+            raise ValueError(f"A coordinate rule leaves one gradient: it must be the last of a `Chain`. {early[0]} is not.")
         object.__setattr__(self, "rules", tuple(flat))
+        object.__setattr__(self, "coordinates", last)
+
+    @property
+    def _parts(self) -> tuple[AnyRule, ...]:
+        return self.rules if self.coordinates is None else (*self.rules, self.coordinates)
 
     def __repr__(self) -> str:
-        return f"Chain({', '.join(map(repr, self.rules))})"
+        return f"Chain({', '.join(map(repr, self._parts))})"
 
     @property
     def separable(self) -> bool:  # type: ignore[override]
@@ -55,15 +70,15 @@ class Chain(Rule):
 
     @property
     def random(self) -> bool:  # type: ignore[override]
-        return any(rule.random for rule in self.rules)
+        return any(rule.random for rule in self._parts)
 
     @property
     def symmetric(self) -> bool:  # type: ignore[override]
-        return all(rule.symmetric for rule in self.rules)
+        return all(rule.symmetric for rule in self._parts)
 
     @property
     def scale_equivariant(self) -> bool:  # type: ignore[override]
-        return all(rule.scale_equivariant for rule in self.rules)
+        return all(rule.scale_equivariant for rule in self._parts)
 
     def init(
         self,

@@ -34,8 +34,8 @@ class ConFIG(Rule):
         tensor([2., 2.])
 
     Reference:
-        Liu, Chu and Thuerey, *ConFIG: Towards Conflict-Free Training of Physics Informed Neural Networks*, ICLR 2025,
-        Equations 2 and 3.
+        Liu, Chu and Thuerey, *ConFIG: Towards Conflict-Free Training of Physics Informed Neural Networks*, ICLR 2025
+        (arXiv:2408.11104), Equations 2 and 3.
 
     Note:
         Zero gradients take no part. Of gradients that depend on each other, directions whose squared length is below 5e-7
@@ -68,8 +68,8 @@ class ConFIG(Rule):
         if "weights" in state:
             wanted = wanted * state["weights"]
         x = least_squares(cosines, wanted)  # u = sum_i x_i g_i / ||g_i||, not normalised yet
-        along = (cosines @ x[..., None]).squeeze(-1) * there  # <u, g_i> / ||g_i||
+        along = torch.bmm(cosines, x.unsqueeze(-1)).squeeze(-1) * there  # <u, g_i> / ||g_i||
         square = (x * along).sum(-1, keepdim=True)
-        fine = square > 1e-12 * x.square().sum(-1, keepdim=True)
-        length = torch.where(fine, (along * norms).sum(-1, keepdim=True) / torch.where(fine, square, 1.0), 0.0)
-        return diagonal(length * x / norms, gram, active), state
+        length = (along * norms).sum(-1, keepdim=True) / square
+        x = torch.where(square > 1e-12 * x.square().sum(-1, keepdim=True), length * x, 0.0)
+        return diagonal(x / norms, gram, active), state

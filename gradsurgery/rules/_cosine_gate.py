@@ -37,8 +37,8 @@ class CosineGate(Rule):
         tensor([4., 4.])
 
     Reference:
-        Du et al., *Adapting Auxiliary Losses Using Gradient Similarity*, 2018, Equation 4 (weighted) and Algorithm 1
-        (unweighted).
+        Du et al., *Adapting Auxiliary Losses Using Gradient Similarity*, 2018 (arXiv:1812.02224), Equation 4 (weighted) and
+        Algorithm 1 (unweighted).
 
     Note:
         The paper has one main task. Where none of the main tasks is there, or their gradients cancel, nothing can be told,

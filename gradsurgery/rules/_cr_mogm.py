@@ -44,7 +44,8 @@ class CRMOGM(Rule):
         tensor([[0.2600, 0.7400]], dtype=torch.float64)
 
     Reference:
-        Zhou et al., *On the Convergence of Stochastic Multi-Objective Gradient Manipulation and Beyond*, NeurIPS 2022,
+        Zhou et al., *On the Convergence of Stochastic Multi-Objective Gradient Manipulation and Beyond*, NeurIPS 2022
+        (https://proceedings.neurips.cc/paper_files/paper/2022/file/f91bd64a3620aad8e70a27ad9cb3ca57-Paper-Conference.pdf),
         Algorithm 1.
 
     Note:
@@ -58,6 +59,8 @@ class CRMOGM(Rule):
     def __post_init__(self) -> None:
         if not isinstance(self.rule, Rule):
             raise TypeError(f"`rule` must be a rule. Found {self.rule!r} of type {type(self.rule).__name__}.")
+        if getattr(self.rule, "coordinates", None) is not None:
+            raise TypeError(f"`rule` must have weights to smooth, which a coordinate rule has not. Found {self.rule!r}.")
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"`alpha` must be in [0, 1]. Found alpha={self.alpha!r}.")
 

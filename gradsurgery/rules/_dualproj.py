@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .._rule import Rule, State
-from ._solvers import complementary, directions
+from ._complementarity import complementary
+from ._solvers import directions
 from ._weights import Weights, as_pairs, diagonal, shares, weights_state
 
 
@@ -34,8 +35,9 @@ class DualProj(Rule):
         tensor([-0.7500,  0.7500])
 
     Reference:
-        Lopez-Paz and Ranzato, *Gradient Episodic Memory for Continual Learning*, NeurIPS 2017, Equation 11; named and
-        put to this use by Quinton and Rey, *Jacobian Descent for Multi-Objective Optimization*, 2024, Section 3.
+        Lopez-Paz and Ranzato, *Gradient Episodic Memory for Continual Learning*, NeurIPS 2017 (arXiv:1706.08840), Equation
+        11; named and put to this use by Quinton and Rey, *Jacobian Descent for Multi-Objective Optimization*, 2024
+        (arXiv:2406.16232), Section 3.
 
     Note:
         TorchJD adds 1e-4 to the diagonal of the normalised Gram matrix by default; we change nothing.
@@ -64,6 +66,6 @@ class DualProj(Rule):
     ) -> tuple[Tensor, State]:
         cosines, norms, there = directions(gram, active)
         weights = shares(gram, state, active)
-        average = torch.where(there, weights * norms, 0.0)[:, None]
-        added = complementary(cosines, average @ cosines, "DualProj").squeeze(1)
+        average = (weights * norms * there).unsqueeze(1)
+        added = complementary(cosines, torch.bmm(average, cosines), "DualProj").squeeze(1)
         return diagonal(weights + added / norms, gram, active), state

@@ -44,7 +44,8 @@ class DWA(Rule):
         tensor([1.1974, 0.8026])
 
     Reference:
-        Liu, Johns, Davison, *End-to-End Multi-Task Learning with Attention*, CVPR 2019, Equation 7.
+        Liu, Johns, Davison, *End-to-End Multi-Task Learning with Attention*, CVPR 2019 (Dynamic Weight Average;
+        arXiv:1803.10704).
 
     Note:
         ``epoch=1`` compares single steps, whose losses differ by their batches too: set the steps of an epoch, as the paper

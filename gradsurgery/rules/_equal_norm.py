@@ -31,8 +31,8 @@ class EqualNorm(Rule):
         tensor([2., 2.])
 
     Reference:
-        Sener and Koltun, *Multi-Task Learning as Multi-Objective Optimization*, NeurIPS 2018, whose published code
-        normalises gradients ahead of MGDA.
+        Sener and Koltun, *Multi-Task Learning as Multi-Objective Optimization*, NeurIPS 2018 (arXiv:1810.04650), whose
+        published code normalises gradients ahead of MGDA.
 
     Note:
         Zero gradients stay zero and do not count.

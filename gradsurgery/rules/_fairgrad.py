@@ -33,7 +33,8 @@ class FairGrad(Rule):
         tensor([0.5000, 1.0000])
 
     Reference:
-        Ban and Ji, *Fair Resource Allocation in Multi-Task Learning*, ICML 2024, Equations 4 and 5, Algorithm 1.
+        Ban and Ji, *Fair Resource Allocation in Multi-Task Learning*, ICML 2024 (arXiv:2402.15638), Equations 4 and 5,
+        Algorithm 1.
 
     Note:
         The paper gives the equations to a general least-squares solver with bounds; we take Newton steps. At a

@@ -45,7 +45,8 @@ class FAMO(Rule):
         tensor([ 0.0499, -0.0499], dtype=torch.float64)
 
     Reference:
-        Liu, Feng, Stone, Liu, *FAMO: Fast Adaptive Multitask Optimization*, NeurIPS 2023, Algorithm 1.
+        Liu, Feng, Stone, Liu, *FAMO: Fast Adaptive Multitask Optimization*, NeurIPS 2023 (arXiv:2306.03792), Algorithm 1;
+        Algorithm 2 (Appendix C) for Adam.
 
     Note:
         ``L_i(t+1)`` is the loss that the *next* step's forward pass gives anyway, as Algorithm 1 is written. The authors'

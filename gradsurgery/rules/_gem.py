@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .._rule import Rule, State
-from ._solvers import complementary, directions
+from ._complementarity import complementary
+from ._solvers import directions
 from ._weights import check_names, diagonal, marked, task_names
 
 
@@ -38,8 +39,8 @@ class GEM(Rule):
         tensor([0., 0.])
 
     Reference:
-        Lopez-Paz and Ranzato, *Gradient Episodic Memory for Continual Learning*, NeurIPS 2017, Equations 8 to 11 and
-        Algorithm 1.
+        Lopez-Paz and Ranzato, *Gradient Episodic Memory for Continual Learning*, NeurIPS 2017 (arXiv:1706.08840), Equations
+        8 to 11 and Algorithm 1.
 
     Note:
         The authors' code adds 1e-3 to the diagonal of the Gram matrix; we change nothing. A parameter that a single task

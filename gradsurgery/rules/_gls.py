@@ -27,8 +27,8 @@ class GLS(Rule):
         tensor([0.2500, 1.0000])
 
     Reference:
-        Chennupati, Sistu, Yogamani, Rawashdeh, *MultiNet++*, CVPR Workshops 2019 (geometric loss strategy,
-        without focus).
+        Chennupati, Sistu, Yogamani, Rawashdeh, *MultiNet++*, CVPR Workshops 2019 (arXiv:1904.08492; geometric loss
+        strategy, without focus).
 
     Note:
         A loss below ``1e-20`` counts as that. On other devices than the CPU, negative losses give nan.

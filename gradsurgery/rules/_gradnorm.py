@@ -51,7 +51,7 @@ class GradNorm(Rule):
 
     Reference:
         Chen, Badrinarayanan, Lee and Rabinovich, *GradNorm: Gradient Normalization for Adaptive Loss Balancing in Deep
-        Multitask Networks*, ICML 2018, Equations 1 and 2, Algorithm 1.
+        Multitask Networks*, ICML 2018 (arXiv:1711.02257), Equations 1 and 2, Algorithm 1.
 
     Note:
         The weights multiply the losses, so that heads are weighted too, as in the paper; ``gradsurgery.operate``, which

@@ -52,8 +52,8 @@ class GradVac(Rule):
         tensor([2.3467, 1.1733])
 
     Reference:
-        Wang, Tsvetkov, Firat, Cao, *Gradient Vaccine*, ICLR 2021, Equation 2 and Algorithm 1; Z. Wang's thesis, Eqs. 6.2
-        and 6.3 and Algorithm 2.
+        Wang, Tsvetkov, Firat, Cao, *Gradient Vaccine*, ICLR 2021 (arXiv:2010.05874), Equation 2 and Algorithm 1; Z. Wang's
+        thesis, Eqs. 6.2 and 6.3 and Algorithm 2.
 
     Note:
         When it fires, ``||g'_i||`` grows by ``sqrt(1 - phi^2) / sqrt(1 - t^2)``, which has no limit as the target

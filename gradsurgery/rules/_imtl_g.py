@@ -27,7 +27,8 @@ class IMTLG(Rule):
         tensor([0.7500, 0.7500])
 
     Reference:
-        Liu et al., *Towards Impartial Multi-Task Learning*, ICLR 2021, Equation 5.
+        Liu et al., *Towards Impartial Multi-Task Learning*, ICLR 2021 (https://openreview.net/forum?id=IMPnRXEWpvr),
+        Equation 5.
 
     Note:
         The paper's formula is for independent gradients. For others, we take the least-squares solution that is shortest in
@@ -42,8 +43,5 @@ class IMTLG(Rule):
     ) -> tuple[Tensor, State]:
         cosines, norms, there = directions(gram, active)
         weights = least_squares(cosines, there.to(cosines.dtype)) / norms
-        # A common length changes nothing, and keeps the sums in range.
-        total, size = weights.sum(-1, keepdim=True), weights.abs().sum(-1, keepdim=True)
-        fine = total.abs() > 1e-12 * size
-        weights = torch.where(fine, weights / torch.where(fine, total, 1.0), 0.0)
-        return diagonal(weights, gram, active), state
+        weights = weights / weights.sum(-1, keepdim=True)
+        return diagonal(torch.where(weights.abs().sum(-1, keepdim=True) < 1e12, weights, 0.0), gram, active), state

@@ -40,7 +40,8 @@ class IMTLL(Rule):
         tensor([1.0000, 1.0000])
 
     Reference:
-        Liu et al., *Towards Impartial Multi-Task Learning*, ICLR 2021, section 3.2 (IMTL-L).
+        Liu et al., *Towards Impartial Multi-Task Learning*, ICLR 2021 (https://openreview.net/forum?id=IMPnRXEWpvr),
+        there IMTL-L.
 
     Note:
         The paper trains ``s`` with the model's optimizer; here it has an Adam of its own, whose state is the rule's.

@@ -37,7 +37,7 @@ class Krum(Rule):
 
     Reference:
         Blanchard, El Mhamdi, Guerraoui and Stainer, *Machine Learning with Adversaries: Byzantine Tolerant Gradient
-        Descent*, NeurIPS 2017, Section 4.
+        Descent*, NeurIPS 2017 (arXiv:1703.02757), Section 4.
 
     Note:
         TorchJD adds up distances that are not squared, and so may choose other tasks. Of equal scores the first is chosen,

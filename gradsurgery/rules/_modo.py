@@ -38,7 +38,7 @@ class MoDo(Rule):
 
     Reference:
         Chen, Fernando, Ying and Chen, *Three-Way Trade-Off in Multi-Objective Learning: Optimization, Generalization and
-        Conflict-Avoidance*, NeurIPS 2023, Algorithm 2.
+        Conflict-Avoidance*, NeurIPS 2023 (arXiv:2305.20057), Algorithm 2.
 
     Note:
         The paper's ``G`` is from two independent batches, ``J_1 J_2^T``, so that it is unbiased; ours is from the one batch

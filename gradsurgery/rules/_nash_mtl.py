@@ -37,7 +37,7 @@ class NashMTL(Rule):
         tensor([1., 1.])
 
     Reference:
-        Navon et al., *Multi-Task Learning as a Bargaining Game*, ICML 2022, Claim 3.1 and Algorithm 1.
+        Navon et al., *Multi-Task Learning as a Bargaining Game*, ICML 2022 (arXiv:2202.01017), Claim 3.1 and Algorithm 1.
 
     Note:
         The paper approaches ``a`` by a sequence of convex problems for a general solver. ``a`` is the minimum of

@@ -36,7 +36,7 @@ class PCGrad(Rule):
         tensor([-0.5000,  1.5000])
 
     Reference:
-        Yu et al., *Gradient Surgery for Multi-Task Learning*, NeurIPS 2020, Algorithm 1.
+        Yu et al., *Gradient Surgery for Multi-Task Learning*, NeurIPS 2020 (arXiv:2001.06782), Algorithm 1.
 
     Note:
         As in the paper the result is the *sum* of the ``g'_i``; much published code takes the mean, which is

@@ -33,7 +33,7 @@ class RLW(Rule):
         (tensor([0.8446, 0.1349, 0.0205]), tensor([0.7511, 0.1438, 0.1051]))
 
     Reference:
-        Lin, Ye, Zhang, Tsang, *Reasonable Effectiveness of Random Weighting*, TMLR 2022 (RLW).
+        Lin, Ye, Zhang, Tsang, *Reasonable Effectiveness of Random Weighting*, TMLR 2022 (RLW; arXiv:2111.10603).
 
     Note:
         Weights that sum to 1 shorten the step by about the number of tasks, compared with the plain sum.

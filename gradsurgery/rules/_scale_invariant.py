@@ -25,7 +25,7 @@ class ScaleInvariant(Rule):
         tensor([0.2500, 2.0000])
 
     Reference:
-        Navon et al., *Multi-Task Learning as a Bargaining Game*, ICML 2022, section 5 (the baseline SI).
+        Navon et al., *Multi-Task Learning as a Bargaining Game*, ICML 2022 (arXiv:2202.01017), the baseline SI.
 
     Note:
         A loss below ``1e-20`` counts as that. On other devices than the CPU, negative losses give nan. Dividing a loss by

@@ -46,7 +46,7 @@ class SDMGrad(Rule):
 
     Reference:
         Xiao, Ban and Ji, *Direction-oriented Multi-objective Learning: Simple and Provable Stochastic Algorithms*, NeurIPS
-        2023, Algorithm 1; for the scale of the Gram matrix, Section 6.1 and the authors' code.
+        2023 (arXiv:2305.18409), Algorithm 1; for the scale of the Gram matrix, Section 6.1 and the authors' code.
 
     Note:
         The paper's gradient of the objective is from two independent batches, ``J_1 J_2^T``, so that it is unbiased; ours

@@ -42,7 +42,8 @@ class STCH(Rule):
         tensor([0.0033, 0.4967])
 
     Reference:
-        Lin et al., *Smooth Tchebycheff Scalarization for Multi-Objective Optimization*, ICML 2024, section 3.
+        Lin et al., *Smooth Tchebycheff Scalarization for Multi-Objective Optimization*, ICML 2024 (arXiv:2402.19078),
+        there STCH.
 
     Note:
         It compares losses with each other: they should be of one scale. The authors' multi-task experiments take the log of

@@ -41,8 +41,8 @@ class UncertaintyWeighting(Rule):
         (tensor([0.5000, 0.5000]), tensor([ 0.5000, -0.5000], dtype=torch.float64))
 
     Reference:
-        Kendall, Gal, Cipolla, *Multi-Task Learning Using Uncertainty to Weigh Losses*, CVPR 2018, Equations 7 and 10,
-        with ``s = log sigma^2`` as it suggests.
+        Kendall, Gal, Cipolla, *Multi-Task Learning Using Uncertainty to Weigh Losses*, CVPR 2018 (arXiv:1705.07115), the
+        section on multi-task likelihoods, with ``s = log sigma^2`` as it suggests.
 
     Note:
         The paper trains ``s`` with the model's optimizer; here it has an Adam of its own, whose state is the rule's. The

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .._rule import Rule, State
-from ._solvers import complementary, directions
+from ._complementarity import complementary
+from ._solvers import directions
 from ._weights import Weights, as_pairs, operated, shares, weights_state
 
 
@@ -35,7 +36,8 @@ class UPGrad(Rule):
         tensor([-0.2500,  0.7500])
 
     Reference:
-        Quinton and Rey, *Jacobian Descent for Multi-Objective Optimization*, 2024, Equation 4; Proposition 1 for the dual.
+        Quinton and Rey, *Jacobian Descent for Multi-Objective Optimization*, 2024 (arXiv:2406.16232), Equation 4;
+        Proposition 1 for the dual.
 
     Note:
         The dual problem ``min v^T G v`` subject to ``v >= u`` is solved for unit gradients, without changing it. TorchJD
@@ -65,7 +67,9 @@ class UPGrad(Rule):
         self, gram: Tensor, state: State, *, active: Tensor | None = None, generator: torch.Generator | None = None
     ) -> tuple[Tensor, State]:
         cosines, norms, _ = directions(gram, active)
+        weights = shares(gram, state, active)
         # pi(g_i) = g_i + sum_j x_j g_j, with x >= 0 that is zero unless <pi(g_i), g_j> is.
-        added = complementary(cosines, cosines, "UPGrad") * (norms[:, :, None] / norms[:, None, :])
-        added.diagonal(dim1=-2, dim2=-1).add_(1)
-        return operated(shares(gram, state, active)[:, :, None] * added, gram, active), state
+        mixing = complementary(cosines, cosines, "UPGrad")
+        mixing.mul_((weights * norms).unsqueeze(-1)).mul_(norms.reciprocal().unsqueeze(-2))
+        mixing.diagonal(dim1=-2, dim2=-1).add_(weights)
+        return operated(mixing, gram, active), state

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from .._buffer import Rows
-from ._graph import reached_by
+from ._graph import node_of, reached_by
 from ._root import Root, unreached
 
 
@@ -39,7 +38,7 @@ class Batched:
         self, roots: Sequence[Root], parameters: Sequence[Tensor], rows: Sequence[Rows], *, retain_graph: bool
     ) -> None:
         roots = sorted(roots, key=lambda root: root.task)  # the order of rows in a block
-        reached = reached_by([_node(root.output) for root in roots], parameters)
+        reached = reached_by([node_of(root.output) for root in roots], parameters)
         for i, root in enumerate(roots):
             if not any((mask >> i) & 1 for mask in reached):
                 raise unreached(root)
@@ -76,7 +75,3 @@ class Batched:
                 "source='batched' could not vectorise this model's backward pass (its message is above). "
                 "Use source='autograd', which works on every model."
             ) from error
-
-
-def _node(output: Tensor | GradientEdge) -> Node:
-    return (output if isinstance(output, GradientEdge) else get_gradient_edge(output)).node

@@ -29,7 +29,10 @@ class Root:
 
 
 class Source(Protocol):
-    """Turns losses into rows: adds ``dL_k/dp`` to ``rows[p]`` for each root and each parameter that it reaches."""
+    """Turns losses into rows: adds ``dL_k/dp`` to ``rows[p]`` for each root and each parameter that it reaches.
+
+    A parameter may be a tensor that is no leaf. What it was computed from is then none of the parameters.
+    """
 
     def __call__(
         self, roots: Sequence[Root], parameters: Sequence[Tensor], rows: Sequence[Rows], *, retain_graph: bool

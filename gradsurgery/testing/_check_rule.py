@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .._coordinates import CoordinateRule
 from .._rule import Rule, implements
 from ._laws import LAWS, Law
 from ._situation import Array, Given, LawBroken, Situation, ask, shown
@@ -71,7 +72,7 @@ def check_rule(
     Raises:
         AssertionError: naming the laws that do not hold, with an example of each.
         ImportError: without hypothesis.
-        TypeError: if ``rule`` is no rule.
+        TypeError: if ``rule`` is no rule, or ends in a coordinate rule.
         ValueError: for an unknown law, and for a rule that does not accept the tasks.
 
     Example:
@@ -86,6 +87,8 @@ def check_rule(
         The situations are the same in each run. A law that holds on all of them may fail on others. What ``device`` checks
         is seen on PyTorch's ``meta`` device; a generator is not passed there.
     """
+    if isinstance(rule, CoordinateRule) or getattr(rule, "coordinates", None) is not None:
+        raise TypeError(f"`check_rule` is for rules of losses and Gram matrices, which {rule!r} is not, or not alone.")
     if not isinstance(rule, Rule):
         raise TypeError(f"`rule` must be a gradsurgery rule, such as PCGrad(). Found {rule!r}.")
     chosen = None if laws is None else list(laws)

@@ -15,10 +15,12 @@ from .._graph import reached_by
 from .cuts import New, cut, general, split_labelled
 from .labels import Labels
 from .passage import Passage
-from .probe import call
+from .probe import call, present
 from .route import Key, Route, Work
 from .saved import keep_readable
 from .verify import differences, precision
+
+_END = 1 << 63
 
 
 class Pass:
@@ -30,7 +32,6 @@ class Pass:
         parameters: whose gradients are wanted.
         rows: where they go.
         names: of the parameters, for messages.
-        new: where memory for blocks comes from. It is free once rows are.
 
     Raises:
         ValueError: if losses of several tasks depend on each other's samples, or on none of the parameters.
@@ -43,7 +44,6 @@ class Pass:
         parameters: Sequence[Tensor],
         rows: Sequence[Rows],
         names: Sequence[str],
-        new: New | None = None,
     ) -> None:
         self._losses = losses
         self._parameters = parameters
@@ -58,17 +58,40 @@ class Pass:
         self._made: dict[Key, dict[int, Tensor]] = {key: {} for key in route.made}
         self._reach = reached_by([node for node, _ in route.made], parameters) if route.made else [0] * len(parameters)
         self._awaited = [int(mask > 0) for mask in self._reach]
-        for work in route.works:
-            for wanted in [*work.shared, *(wanted for wanted, _ in work.labelled)]:
-                leaf = route.leaves.get(wanted.target)
-                if leaf is not None:
-                    self._awaited[leaf.parameter] += 1
-                    wanted.new = wanted.new if new is None else new
+        self._at_leaves = [
+            (wanted, leaf.parameter)
+            for work in route.works
+            for wanted in [*work.shared, *(wanted for wanted, _ in work.labelled)]
+            if (leaf := route.leaves.get(wanted.target)) is not None
+        ]
+        for _, p in self._at_leaves:
+            self._awaited[p] += 1
 
     @property
     def reached(self) -> list[int]:
         """The parameters that gradients will arrive at."""
         return [p for p, count in enumerate(self._awaited) if count]
+
+    def outlook(self) -> tuple[list[set[int]], list[int]]:
+        """What is known ahead: the tasks that will reach each parameter, and the order in which parameters are complete."""
+        tasks: list[set[int]] = [set() for _ in self._parameters]
+        made: dict[Key, set[int]] = {key: set() for key in self._made}
+        last = [_END if mask else -_END for mask in self._reach]
+        ends = self._route.ends()
+        for work in self._route.works:
+            node, here = work.passage.node, present(work.passage.labels)
+            # The engine takes the youngest node that is ready; those that it does not come by wait for its end.
+            when = _END if node in ends else -node._sequence_nr()
+            for wanted, own in [*((w, here) for w in work.shared), *((w, present([s])) for w, s in work.labelled)]:
+                leaf = self._route.leaves.get(wanted.target)
+                if leaf is None:
+                    made[wanted.target].update(own)
+                else:
+                    tasks[leaf.parameter].update(own)
+                    last[leaf.parameter] = max(last[leaf.parameter], when)
+        for p, mask in enumerate(self._reach):
+            tasks[p].update(task for i, own in enumerate(made.values()) if mask >> i & 1 for task in own)
+        return tasks, sorted(self.reached, key=last.__getitem__)
 
     @property
     def precision(self) -> float:
@@ -97,15 +120,25 @@ class Pass:
                 "backward() as a mapping, without split()."
             )
 
-    def run(self, seeds: Tensor, *, retain_graph: bool, complete: Callable[[int], None] | None = None) -> None:
+    def run(
+        self,
+        seeds: Tensor,
+        *,
+        retain_graph: bool,
+        complete: Callable[[int], None] | None = None,
+        new: New | None = None,
+    ) -> None:
         """Adds each task's gradients to the rows.
 
         Args:
             seeds: what flows into each loss, of their shape.
             retain_graph: keep the graph.
             complete: called with the index of each parameter once all of its gradients are there.
+            new: where memory for blocks comes from. It is free once rows are.
         """
         self._complete = complete
+        for wanted, _ in self._at_leaves:
+            wanted.new = wanted.new if new is None else new
         ends = self._route.ends()
         captured: list[tuple[Work, list[int]]] = []
         handles = []

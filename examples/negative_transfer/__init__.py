@@ -1,0 +1,1 @@
+"""Negative transfer on real digits: when source data hurt, for whom, and what a discriminator gate does about it."""
