@@ -4,6 +4,8 @@ import json
 import lzma
 import re
 import tarfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 import gradsurgery as gs
-from examples.multilingual_translation import fetch, jobs, page, sources, study, tables
+from examples.multilingual_translation import cost, fetch, jobs, page, plan, sources, study, tables, train
 from examples.multilingual_translation.__main__ import main
 from examples.multilingual_translation.corpus import END, PAD, START, Batches, Recipe, held_out, prepare
 from examples.multilingual_translation.hashes import HASHES
@@ -123,6 +125,8 @@ def test_documents_and_texts_are_held_out(corpus):
             found |= {tuple(ids) for side in pairs for ids in side}
     assert not parts["train"] & (parts["valid"] | parts["test"])
     assert not {tuple(ids) for ids in corpus.aligned["en"]} & parts["train"]
+    aligned = corpus.vocabulary.decode(corpus.aligned["en"])
+    assert aligned != sorted(aligned)  # a few of the first are of many documents
     assert {held_out(f"document {i}") for i in range(200)} == {None, "valid", "test"}
     assert len(corpus.train["hi"].text) == 100
     assert len(corpus.train["fr"].text) > 200
@@ -303,6 +307,40 @@ def test_an_interrupted_run_ends_the_same(method, stop, corpus, tmp_path):
     assert read.recorder.conflict_rate() == pytest.approx(whole.recorder.conflict_rate(), nan_ok=True)
 
 
+def test_no_model_of_the_study_is_missing_after_an_interruption(corpus, tmp_path, monkeypatch):
+    written = []
+
+    def failing(content, path):
+        written.append(path)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        save(content, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save", failing)
+        with pytest.raises(KeyboardInterrupt):
+            Trainer(job(keep=3), corpus, tmp_path).run()
+    Trainer(job(keep=3), corpus, tmp_path).run()
+    assert sorted(path.name for path in tmp_path.glob("model-*")) == ["model-0000003.pt", "model-0000006.pt"]
+
+
+def test_losses_of_tasks_are_what_their_method_wants(corpus):
+    trainers = {method: Trainer(job(method), corpus) for method in (JOINT, "GradNorm", "MGDA")}
+    batch = trainers[JOINT].batches[0]
+    losses, tokens = torch.rand(batch.target[:, 1:].shape) * (batch.target[:, 1:] != PAD), batch.target[:, 1:] != PAD
+    means = {
+        task: losses[batch.tasks == task].sum() / tokens[batch.tasks == task].sum()
+        for task in batch.tasks.unique().tolist()
+    }
+    expected = {"GradNorm": {task: mean / len(means) for task, mean in means.items()}, "MGDA": means}
+    for method, its in expected.items():
+        weighted = losses * trainers[method]._factors(batch)
+        assert {task: weighted[batch.tasks == task].sum() for task in means} == pytest.approx(its)
+    assert (losses * trainers[JOINT]._factors(batch)).sum() == pytest.approx(losses.sum() / tokens.sum())
+    first = {method: trainer.advance() for method, trainer in trainers.items()}
+    assert first == pytest.approx(dict.fromkeys(first, first[JOINT]))  # the mean over all tokens, whatever is stepped on
+
+
 def test_a_checkpoint_of_other_texts_is_an_error(corpus, tmp_path):
     trainer = Trainer(job(), corpus)
     trainer.advance()
@@ -428,7 +466,7 @@ def test_the_command_makes_the_table_and_goes_on_where_it_was(few, tmp_path, cac
     assert not any(path.name == "checkpoint.pt" for path in before)
     main(arguments)
     assert {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*")} == before
-    monkeypatch.setattr(jobs, "measured", lambda run, corpus, device: (0.5, 1.0))
+    monkeypatch.setattr(plan, "measured", lambda *_, **__: plan.Times(start=0, step=0.5, evaluation=2, geometry=100))
     main([*arguments, "--plan", "--seeds", "2"])
     # Two steps of half a second each, and two seconds for each task's evaluation, of which the six runs have twelve.
     assert "6 runs are left: 0.5 minutes of one process, 0.2 of 2" in capsys.readouterr().out
@@ -436,7 +474,7 @@ def test_the_command_makes_the_table_and_goes_on_where_it_was(few, tmp_path, cac
 
 def test_study_and_page(in_process, tmp_path, cache, capsys, monkeypatch):
     monkeypatch.setattr(jobs, "languages_of", lambda source: ("fr", "es", "ru"))
-    monkeypatch.setattr("examples.multilingual_translation.summary.SENTENCES", 8)
+    monkeypatch.setattr(study, "SENTENCES", 8)
     out = tmp_path / "out"
     arguments = ["--quick", "--steps", "2", "--source", "django", "--cache", str(cache), "--out", str(out)]
     with pytest.raises(SystemExit, match="Nothing has been run in .* run a part first"):
@@ -468,10 +506,52 @@ def test_tables_become_html():
     )
 
 
-def test_times_are_measured(corpus):
-    step, evaluation = jobs.measured(job(), corpus, steps=1)
-    assert step > 0
-    assert evaluation > 0
+def test_times_are_measured(corpus, cache, monkeypatch):
+    monkeypatch.setattr(plan, "_POOL", 1)
+    times = plan.timed(job(), cache, "cpu", True, True)
+    assert all(seconds > 0 for seconds in times)
+    assert plan.timed(job(), cache, "cpu", True, False).geometry == 0
+
+
+def test_an_error_waits_for_no_more_runs(monkeypatch, tmp_path, cache):
+    begun, first = [], threading.Event()
+
+    def one(run, *_):
+        begun.append(run)
+        if len(begun) == 1:
+            first.wait(10)
+            raise RuntimeError("no disk")
+        first.set()
+        return 0.0
+
+    monkeypatch.setattr(jobs, "ProcessPoolExecutor", lambda processes, **_: ThreadPoolExecutor(processes))
+    monkeypatch.setattr(jobs, "run_one", one)
+    wanted = [job(seed=seed) for seed in range(50)]
+    with pytest.raises(RuntimeError, match="no disk"):
+        jobs.run_all(wanted, tmp_path, cache, processes=2, device="cpu", check=True)
+    assert len(begun) < 50
+
+
+def test_costs_are_of_the_same_batches(corpus, cache, tmp_path, monkeypatch, capsys):
+    ways = (cost.PLAIN, JOINT)
+    monkeypatch.setattr(cost, "WAYS", ways)
+    monkeypatch.setattr(jobs, "languages_of", lambda source: ("fr", "pl"))
+    monkeypatch.setattr(cost.memory, "elsewhere", lambda module, its: cost.peak(json.loads(json.dumps(its))))
+    turns = cost.Turns({way: cost.trainer_of(way, corpus, SETTINGS, seed=0) for way in ways})
+    first, second = turns.contenders().values()
+    for _ in range(2):
+        for contender in (first, second):
+            contender.before()
+            contender.run()
+    pairs = zip(*(trainer.model.parameters() for trainer in turns._trainers.values()), strict=True)
+    assert all(torch.allclose(one, other, atol=1e-5) for one, other in pairs)  # plain training, twice
+    arguments = ["cost", "--quick", "--source", "django", "--repeats", "2", "--cache", str(cache), "--out", str(tmp_path)]
+    main([*arguments, "--threads", "1"])
+    assert "2 directions" in capsys.readouterr().out
+    costs = cost.Costs.read(tmp_path)
+    assert {way: len(seconds) for way, seconds in costs.seconds.items()} == dict.fromkeys(ways, 2)
+    for way in ways:
+        assert f"| {way} |" in costs.table
 
 
 def test_options_must_make_sense(capsys):

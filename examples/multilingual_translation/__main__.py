@@ -14,15 +14,16 @@ from pathlib import Path
 import torch
 
 try:
-    from . import page
+    from . import cost, page
     from .corpus import prepare
     from .fetch import cache_folder
-    from .jobs import PARTS, SCALES, Scale, plan, results_of, run_all, sizes
+    from .jobs import PARTS, SCALES, Scale, results_of, run_all, sizes
+    from .plan import plan
     from .summary import Summary
 except ImportError as error:
     raise SystemExit(f'This example needs more packages ({error}): pip install "gradsurgery[multilingual]".') from error
 
-COMMANDS = ("data", *PARTS, "all", "report")
+COMMANDS = ("data", "cost", *PARTS, "all", "report")
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
@@ -39,13 +40,19 @@ def main(arguments: Sequence[str] | None = None) -> Path:
             corpora["Verses"] = scale.all("verses")
         print(sizes({name: prepare(recipe, cache, check=check) for name, recipe in corpora.items()}))
         return cache
+    if options.command == "cost":
+        settings = {"repeats": options.repeats, "seed": options.seed, "threads": options.threads, "check": check}
+        costs = cost.measure(scale, cache, **settings)
+        costs.write(options.out)
+        print(f"{costs.table}\n\nKept in {options.out.resolve()}, for the report.")
+        return options.out
     parts = tuple(PARTS) if options.command in ("all", "report") else (options.command,)
     seeds = range(options.seed, options.seed + options.seeds)
     wanted = {part: PARTS[part](scale, seeds) for part in parts}
     every = [job for part in wanted.values() for job in part]
     settings = {"processes": options.jobs, "device": options.device, "check": check}
     if options.plan:
-        print(plan(every, options.out, cache, **settings))
+        print(plan(wanted, options.out, cache, **settings))
         return options.out
     options.out.mkdir(parents=True, exist_ok=True)
     if options.command != "report":
@@ -94,6 +101,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     known.add_argument("command", nargs="?", default="table", choices=COMMANDS, help="data: fetch texts and count them; "
+                       "cost: time and memory of a step on all languages, against plain training; "
                        "table: 6.5; ablations: 6.2 to 6.4; massive: 6.6; study, trilingual: models for 6.2; all of these; "
                        "report: one page of what there is")  # fmt: skip
     known.add_argument("--size", default="tiny", choices=[name for name in SCALES if name != "quick"], help="of everything")
@@ -103,13 +111,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     known.add_argument("--seed", type=int, default=0, help="the first seed")
     known.add_argument("--seeds", type=int, default=1, help="how many; several give 95%% intervals")
     known.add_argument("--jobs", type=int, default=2, help="runs at a time, with one thread each")
+    known.add_argument("--repeats", type=int, default=30, help="for cost: batches")
+    known.add_argument("--threads", type=int, default=2, help="for cost: that PyTorch computes with")
     known.add_argument("--device", default="cpu", help="to train on, such as cuda")
     known.add_argument("--source", default="help", choices=["help", "django"], help="of texts; django needs no download")
     known.add_argument("--cache", type=Path, help="folder for texts; in the user's cache by default")
     known.add_argument("--out", type=Path, default=Path("out/multilingual_translation"), help="folder for runs and results")
     known.add_argument("--unchecked", action="store_true", help="use texts that differ from those this was made with")
     options = known.parse_args(arguments)
-    for name in ("seeds", "jobs"):
+    for name in ("seeds", "jobs", "repeats", "threads"):
         if getattr(options, name) < 1:
             known.error(f"--{name} must be at least 1. Found {getattr(options, name)}.")
     if options.steps < 0:

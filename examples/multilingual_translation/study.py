@@ -22,6 +22,9 @@ from .train import Job, write_whole
 
 Matrix = NDArray[np.float64]
 
+SENTENCES = 200
+"""Of the aligned ones, whose gradients are looked at."""
+
 PARTS = {"encoder": ["encoder.*"], "decoder": ["decoder.*"]}
 """Part of the model → its surgery groups, in a recording by layer."""
 

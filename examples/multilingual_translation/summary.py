@@ -15,8 +15,6 @@ from .methods import BEST
 from .page import Section, of_geometry, of_operations
 from .train import Job
 
-SENTENCES = 200  # of the aligned ones, whose gradients are looked at
-
 _SOURCES = {"help": "LibreOffice's help", "verses": "verses", "django": "Django's messages"}
 _DIRECTIONS = {"from-en": "En→Any", "to-en": "Any→En", "both": "Any→Any"}
 
@@ -69,7 +67,7 @@ class Summary:
         recordings: dict[str, gs.Recorder] = {}
         largest = max(job.settings.batch for job in jobs)
         for job in results_of(jobs, self._out):
-            found = study.of_run(job, self._corpus(job.recipe), self._out, count=SENTENCES, device=self._device)
+            found = study.of_run(job, self._corpus(job.recipe), self._out, count=study.SENTENCES, device=self._device)
             small = "" if job.settings.batch == largest else ", small batches"
             recordings[f"{self._kind(job)}{small}, seed {job.seed}"] = found
         section = Section("Loss geometry (Section 6.2)")
@@ -84,7 +82,7 @@ class Summary:
         of_seed: dict[int, dict[str, tuple[gs.Recorder, float]]] = {}
         for job, result in results_of(jobs, self._out).items():
             first, second = job.tasks
-            recorder = study.of_run(job, self._corpus(job.recipe), self._out, count=SENTENCES, device=self._device)
+            recorder = study.of_run(job, self._corpus(job.recipe), self._out, count=study.SENTENCES, device=self._device)
             of_seed.setdefault(job.seed, {})[second] = (recorder, result.bleu[first])
         for seed, runs in of_seed.items():
             table, correlation = study.against_performance(runs)
