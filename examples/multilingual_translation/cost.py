@@ -1,8 +1,8 @@
 """What surgery costs: the single pass of all directions at once, against plain joint training of the same batches.
 
 Times are of whole steps, taken in turns on the same batches; a batch is new in each turn. Peak memory is of one step to
-``p.grad``, above what is resident between plain steps, on the batch with the longest sentences of a pool, in a process of its
-own: see ``gradsurgery._bench.memory``.
+``p.grad``, above what is resident between plain steps, on the longest batch of a pool, in a process of its own: see
+``gradsurgery._bench.memory``.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class Costs:
         """In Markdown: medians, and medians of ratios with their quartiles."""
         lines = [
             f"{self.tasks} directions, {self.parameters / 1e6:.1f}M parameters, {self.batch} sentences in a step, "
-            f"{self.threads} threads, {len(self.seconds[PLAIN])} batches. Targets, for GradVac: at most {TARGETS['time']}× the "
-            f"time and {TARGETS['memory']}× the memory.",
+            f"{self.threads} threads, {len(self.seconds[PLAIN])} batches. Targets, for GradVac: at most "
+            f"{TARGETS['time']}× the time and {TARGETS['memory']}× the memory.",
             "",
             "| | step | in plain steps (quartiles) | peak memory | in plain peaks |",
             "|---|--:|--:|--:|--:|",
@@ -156,9 +156,8 @@ def measure(scale: Scale, cache: Path, *, repeats: int, seed: int, threads: int,
     corpus = prepare(recipe, cache, check=check)
     trainers = {way: trainer_of(way, corpus, scale.massive, seed) for way in WAYS}
     turns = Turns(trainers)
-    for _ in range(
-        2
-    ):  # the first is checked, and shows how many backward passes there are; the second is the first to stream
+    # The first is checked, and shows how many backward passes there are; the second streams.
+    for _ in range(2):
         for way in WAYS:
             turns.step(way)
     seconds = interleaved(turns.contenders(), repeats, "step time")

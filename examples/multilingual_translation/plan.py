@@ -106,8 +106,8 @@ def plan(parts: Mapping[str, Sequence[Job]], out: Path, cache: Path, *, processe
         [
             *lines,
             "",
-            f"{total} runs are left: {seconds / 60:.1f} minutes of one process, {seconds / 60 / processes:.1f} of {processes}. "
-            "Measured in as many processes at once, so that whatever else the machine does now is in it. Tables, bootstrap "
-            "tests and pictures come on top: some minutes.",
+            f"{total} runs are left: {seconds / 60:.1f} minutes of one process, {seconds / 60 / processes:.1f} of "
+            f"{processes}. Measured in as many processes at once, so that whatever else the machine does now is in it. "
+            "Tables, bootstrap tests and pictures come on top: some minutes.",
         ]
     )

@@ -197,7 +197,7 @@ class Trainer:
             loss = self.advance()
             if progress is not None:
                 progress(loss)
-            # The model first: a run that stops between the two makes it again, while the other way round it would be missing.
+            # The model first: a run that stops between the two makes it again; the other way round, it would be missing.
             if self.folder is not None and settings.keep and self.step % settings.keep == 0:
                 save(self.model.state_dict(), self.folder / f"model-{self.step:07}.pt")
             if self.folder is not None and (self.step % settings.save == 0 or self.step == settings.steps):
