@@ -335,8 +335,9 @@ def test_losses_of_tasks_are_what_their_method_wants(corpus):
     expected = {"GradNorm": {task: mean / len(means) for task, mean in means.items()}, "MGDA": means}
     for method, its in expected.items():
         weighted = losses * trainers[method]._factors(batch)
-        assert {task: weighted[batch.tasks == task].sum() for task in means} == pytest.approx(its)
-    assert (losses * trainers[JOINT]._factors(batch)).sum() == pytest.approx(losses.sum() / tokens.sum())
+        found = {task: weighted[batch.tasks == task].sum() for task in means}
+        torch.testing.assert_close(found, its)
+    torch.testing.assert_close((losses * trainers[JOINT]._factors(batch)).sum(), losses.sum() / tokens.sum())
     first = {method: Trainer(job(method), corpus).advance() for method in trainers}
     assert first == pytest.approx(dict.fromkeys(first, first[JOINT]))  # the mean over all tokens, whatever is stepped on
 
@@ -482,28 +483,54 @@ def test_study_and_page(in_process, tmp_path, cache, capsys, monkeypatch):
     main(["study", *arguments])
     printed = capsys.readouterr().out
     for name in ("En→Any", "Any→En", "Any→Any", "En→Any, small batches"):
-        for part in ("encoder", "decoder"):
-            assert f"| Django's messages, {name}, seed 0 | {part} |" in printed
+        for tasks in ("xx-en",) if name == "Any→En" else ("en-xx", "xx-en") if name == "Any→Any" else ("en-xx",):
+            for part in ("encoder", "decoder"):
+                assert f"| Django's messages, {name}, seed 0 | {tasks} | {part} |" in printed
     main(["trilingual", *arguments])
-    assert "rank correlation" in capsys.readouterr().out
+    assert "Rank correlation" in capsys.readouterr().out
     kept = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*")}
     main(["report", *arguments])
     assert {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*")} == kept
     found = (out / "report.html").read_text(encoding="utf-8")
-    assert not re.search(r"(src|href)=\"(?!data:)", found)
-    assert found.count("<img") == 4 * 3
+    assert not re.search(r"(src|href)=\"(?!data:|#)|url\((?!#)|@import", found)  # nothing is loaded
+    assert found.count("<svg") == 4 * 5
+    assert found.count("<details") == 4
+    for link in re.findall(r'href="#([^"]*)"', found):
+        assert found.count(f'id="{link}"') == 1, link
+    assert "currentColor" in found
+    assert "#0a0b0c" not in found
     assert tables.NOT_RUN in found  # the table of methods
     assert "python -m examples.multilingual_translation all --quick --steps 2 --source django --seed 0 --seeds 1" in found
     assert f"torch {torch.__version__}" in found
-    assert "6 runs, seeds 0" in found
+    assert "6 of 40 runs; seeds 0" in found
+    assert "Not measured yet" in found  # the cost
 
 
 def test_tables_become_html():
     text = "**A** < B\n\n| x | y | z |\n|---|--:|--:|\n| 1 |  | < |"
     assert page.html(text).replace("\n", "") == (
-        '<p><b>A</b> &lt; B</p><div class="table"><table><thead><tr><th>x</th><th>y</th><th>z</th></tr></thead>'
-        "<tr><td>1</td><td></td><td>&lt;</td></tr></table></div>"
+        '<p><b>A</b> &lt; B</p><div class="table"><table><thead><tr><th class="words">x</th><th>y</th><th>z</th></tr>'
+        '</thead><tbody><tr><td class="words">1</td><td></td><td>&lt;</td></tr></tbody></table></div>'
     )
+    assert page.html("**A, b**\n\n1.20 ± 0.10 `x`") == (
+        '<h3>A, b</h3>\n<p>1.20<span class="pm"> ± 0.10</span> <code>x</code></p>'
+    )
+
+
+def test_the_best_of_a_column_is_bold():
+    scores = {JOINT: [1.0, 3.0], BEST: [2.0, 1.0], BILINGUAL: [9.0, 9.0]}
+    tasks = ("en-fr", "en-pl")
+    results = {}
+    for method, values in scores.items():
+        for its in [(task,) for task in tasks] if method == BILINGUAL else [tasks]:
+            run = dataclasses.replace(job(method), tasks=its)
+            results[run] = Result({}, "", bleu={task: values[tasks.index(task)] for task in its})
+    rows = tables.scores(results, tuple(scores), tasks, tables.SCORES["BLEU"]).splitlines()[2:]
+    assert rows == [
+        f"| {JOINT} | 1.00 | **3.00** | **2.00** |  | 1 |",
+        f"| {BEST} | **2.00** | 1.00 | 1.50 | -0.50 | 1 |",
+        f"| {BILINGUAL} | 9.00 | 9.00 | 9.00 | 7.00 | 1 |",
+    ]
 
 
 def test_times_are_measured(corpus, cache, monkeypatch):
@@ -537,14 +564,22 @@ def test_costs_are_of_the_same_batches(corpus, cache, tmp_path, monkeypatch, cap
     monkeypatch.setattr(cost, "WAYS", ways)
     monkeypatch.setattr(jobs, "languages_of", lambda source: ("fr", "pl"))
     monkeypatch.setattr(cost.memory, "elsewhere", lambda module, its: cost.peak(json.loads(json.dumps(its))))
-    turns = cost.Turns({way: cost.trainer_of(way, corpus, SETTINGS, seed=0) for way in ways})
-    first, second = turns.contenders().values()
-    for _ in range(2):
-        for contender in (first, second):
+    with monkeypatch.context() as patch:
+        seen = []
+        patch.setattr(cost, "gradients", lambda way, trainer, batch: seen.append((way, batch)))
+        turns = cost.Turns({way: cost.trainer_of(way, corpus, SETTINGS, seed=0) for way in ways})
+        for contender in 2 * list(turns.contenders().values()):
             contender.before()
             contender.run()
-    pairs = zip(*(trainer.model.parameters() for trainer in turns._trainers.values()), strict=True)
-    assert all(torch.allclose(one, other, atol=1e-5) for one, other in pairs)  # plain training, twice
+        assert [way for way, _ in seen] == [*ways, *ways]
+        assert seen[0][1] is seen[1][1]
+        assert seen[2][1] is seen[3][1] is not seen[0][1]
+        patch.setitem(SIZES, "tiny", dataclasses.replace(SMALL, dropout=0.0))
+        found = {way: cost.trainer_of(way, corpus, SETTINGS, seed=0) for way in ways}
+        cost.plain(found[cost.PLAIN], seen[0][1])
+        found[JOINT].gradients(seen[0][1])
+        for one, other in zip(*(trainer.model.parameters() for trainer in found.values()), strict=True):
+            torch.testing.assert_close(one.grad, other.grad)
     arguments = ["cost", "--quick", "--source", "django", "--repeats", "2", "--cache", str(cache), "--out", str(tmp_path)]
     main([*arguments, "--threads", "1"])
     assert "2 directions" in capsys.readouterr().out

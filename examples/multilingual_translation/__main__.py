@@ -60,15 +60,16 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     made = Summary(scale, options.out, cache, check=check, device=options.device)
     sections = [getattr(made, part)(its) for part, its in wanted.items()]
     for part, section in zip(parts, sections, strict=True):
-        (options.out / f"{part}.md").write_text(section.text + "\n", encoding="utf-8")
+        (options.out / f"{part}.md").write_text(section.markdown + "\n", encoding="utf-8")
         if options.command != "report":
-            print(f"\n{section.text}")
+            print(f"\n{section.markdown}")
     results = list(results_of(every, options.out).values())
     if options.command in ("all", "report"):
         if not results:
             raise SystemExit(f"Nothing has been run in {options.out.resolve()} with these settings: run a part first.")
-        page.write(sections, _commands(options), results, options.out / "report.html")
-        print(f"{len(results)} of {len(set(every))} runs are in report.html.")
+        wanted_runs = len(set(every))
+        page.write([made.cost(), *sections], _commands(options), results, wanted_runs, options.out / "report.html")
+        print(f"{len(results)} of {wanted_runs} runs are in report.html.")
     print(f"\n{time.perf_counter() - started:.0f} seconds in all. Results are in {options.out.resolve()}")
     return options.out
 
@@ -80,7 +81,7 @@ def _commands(options: argparse.Namespace) -> list[str]:
     chosen += [f"--source {options.source}"] if options.source != "help" else []
     chosen += [f"--seed {options.seed}", f"--seeds {options.seeds}", *(["--unchecked"] if options.unchecked else [])]
     start = "python -m examples.multilingual_translation"
-    return [f"{start} {command} {' '.join(chosen)}" for command in ("all", "report")]
+    return [f"{start} {command} {' '.join(chosen)}" for command in ("cost", "all", "report")]
 
 
 def _scale(options: argparse.Namespace) -> Scale:

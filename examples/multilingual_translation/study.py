@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -87,11 +89,50 @@ def of_run(job: Job, corpus: Corpus, out: Path, *, count: int, device: str = "cp
 # --- What the similarities say ------------------------------------------------------------------------------------------
 
 
-def similarities(recorder: gs.Recorder, groups: Sequence[str] | None = None) -> Matrix:
-    """``[K, K]``: the mean over steps and surgery groups; nan on the diagonal."""
-    cosines = recorder.cosines[:, recorder.select(groups)].astype(np.float64)
-    found: Matrix = cosines.mean((0, 1))
+def similarities(recorder: gs.Recorder, groups: Sequence[str] | None = None, tasks: Sequence[str] | None = None) -> Matrix:
+    """``[K, K]``: the mean over steps and surgery groups, of all tasks or of some; nan on the diagonal."""
+    found: Matrix = _cosines(recorder, groups, recorder.tasks if tasks is None else tasks).mean((0, 1))
     return found
+
+
+def _cosines(recorder: gs.Recorder, groups: Sequence[str] | None, tasks: Sequence[str]) -> Matrix:
+    """``[steps, groups, K, K]``."""
+    index = [recorder.tasks.index(task) for task in tasks]
+    found: Matrix = recorder.cosines[:, recorder.select(groups)].astype(np.float64)[:, :, index][..., index]
+    return found
+
+
+def directions_of(recorder: gs.Recorder) -> dict[str, list[str]]:
+    """``"en-xx"`` and ``"xx-en"`` → the recording's tasks of that direction; without those that have none."""
+    outward = [task for task in recorder.tasks if task.startswith("en-")]
+    inward = [task for task in recorder.tasks if not task.startswith("en-")]
+    return {name: tasks for name, tasks in (("en-xx", outward), ("xx-en", inward)) if tasks}
+
+
+class Clustering(NamedTuple):
+    """Of the similarities in one part of a model.
+
+    Attributes:
+        mean: cosine similarity of all pairs.
+        conflict: how many of them are negative.
+        difference: mean of pairs within a family minus that of pairs between two.
+        correlation: of similarity with being of one family.
+        p: how likely such a difference is if families mean nothing.
+    """
+
+    mean: float
+    conflict: float
+    difference: float
+    correlation: float
+    p: float
+
+
+def clustering(recorder: gs.Recorder, part: str, tasks: Sequence[str], *, times: int = 9999) -> Clustering:
+    """How much families explain. ``tasks`` are all from English or all to English, so that no language is there twice."""
+    cosines = _cosines(recorder, PARTS[part], tasks)
+    conflict = float((cosines < 0).sum() / np.isfinite(cosines).sum())
+    matrix: Matrix = cosines.mean((0, 1))
+    return Clustering(float(np.nanmean(matrix)), conflict, *permutation_test(matrix, families_of(tasks), times=times))
 
 
 def families_of(tasks: Sequence[str]) -> list[str]:
@@ -130,18 +171,33 @@ def permutation_test(
 
 
 def table(recordings: Mapping[str, gs.Recorder], *, times: int = 9999) -> str:
-    """For each model and each half of it: mean similarity, conflicts, and what families explain; in Markdown."""
+    """For each model, direction and half of it: mean similarity, conflicts, and what families explain; in Markdown."""
     lines = [
-        "| model | part | mean cosine | pairs in conflict | within minus between families | correlation with family | p |",
-        "|---|---|--:|--:|--:|--:|--:|",
+        "| model | tasks | part | mean cosine | pairs in conflict | within minus between families | correlation | p |",
+        "|---|---|---|--:|--:|--:|--:|--:|",
     ]
     for name, recorder in recordings.items():
-        for part, groups in PARTS.items():
-            matrix = similarities(recorder, groups)
-            conflict = recorder.conflict_rate(groups)
-            difference, correlation, p = permutation_test(matrix, families_of(recorder.tasks), times=times)
-            cells = (f"{np.nanmean(matrix):.3f}", f"{conflict:.1%}", f"{difference:.3f}", f"{correlation:.2f}", f"{p:.4f}")
-            lines.append(f"| {name} | {part} | {' | '.join(cells)} |")
+        for direction, tasks in directions_of(recorder).items():
+            for part in PARTS:
+                its = clustering(recorder, part, tasks, times=times)
+                cells = (f"{its.mean:.3f}", f"{its.conflict:.1%}", f"{its.difference:.3f}", f"{its.correlation:.2f}")
+                lines.append(f"| {name} | {direction} | {part} | {' | '.join(cells)} | {its.p:.4f} |")
+    return "\n".join(lines)
+
+
+def layers_of(recorder: gs.Recorder) -> list[str]:
+    """The surgery groups that are blocks, from the first of the encoder to the last of the decoder."""
+    return [group for group in recorder.groups if re.match(r"(en|de)coder\.", group)]
+
+
+def by_layer(recordings: Mapping[str, gs.Recorder]) -> str:
+    """Mean similarity in each block (Figure 6.4 b), in Markdown."""
+    layers = layers_of(next(iter(recordings.values())))
+    lines = [f"| model | tasks | {' | '.join(layers)} |", "|---|---|" + "--:|" * len(layers)]
+    for name, recorder in recordings.items():
+        for direction, tasks in directions_of(recorder).items():
+            cells = [f"{np.nanmean(similarities(recorder, [layer], tasks)):.3f}" for layer in layers]
+            lines.append(f"| {name} | {direction} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
