@@ -2,14 +2,18 @@ import dataclasses
 import io
 import json
 import lzma
+import re
 import tarfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import gradsurgery as gs
-from examples.multilingual_translation import fetch, jobs, sources, tables
+from examples.multilingual_translation import cost, fetch, jobs, page, plan, sources, study, tables, train
 from examples.multilingual_translation.__main__ import main
 from examples.multilingual_translation.corpus import END, PAD, START, Batches, Recipe, held_out, prepare
 from examples.multilingual_translation.hashes import HASHES
@@ -121,6 +125,8 @@ def test_documents_and_texts_are_held_out(corpus):
             found |= {tuple(ids) for side in pairs for ids in side}
     assert not parts["train"] & (parts["valid"] | parts["test"])
     assert not {tuple(ids) for ids in corpus.aligned["en"]} & parts["train"]
+    aligned = corpus.vocabulary.decode(corpus.aligned["en"])
+    assert aligned != sorted(aligned)  # a few of the first are of many documents
     assert {held_out(f"document {i}") for i in range(200)} == {None, "valid", "test"}
     assert len(corpus.train["hi"].text) == 100
     assert len(corpus.train["fr"].text) > 200
@@ -301,6 +307,41 @@ def test_an_interrupted_run_ends_the_same(method, stop, corpus, tmp_path):
     assert read.recorder.conflict_rate() == pytest.approx(whole.recorder.conflict_rate(), nan_ok=True)
 
 
+def test_no_model_of_the_study_is_missing_after_an_interruption(corpus, tmp_path, monkeypatch):
+    written = []
+
+    def failing(content, path):
+        written.append(path)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        save(content, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save", failing)
+        with pytest.raises(KeyboardInterrupt):
+            Trainer(job(keep=3), corpus, tmp_path).run()
+    Trainer(job(keep=3), corpus, tmp_path).run()
+    assert sorted(path.name for path in tmp_path.glob("model-*")) == ["model-0000003.pt", "model-0000006.pt"]
+
+
+def test_losses_of_tasks_are_what_their_method_wants(corpus):
+    trainers = {method: Trainer(job(method), corpus) for method in (JOINT, "GradNorm", "MGDA")}
+    batch = trainers[JOINT].batches[0]
+    losses, tokens = torch.rand(batch.target[:, 1:].shape) * (batch.target[:, 1:] != PAD), batch.target[:, 1:] != PAD
+    means = {
+        task: losses[batch.tasks == task].sum() / tokens[batch.tasks == task].sum()
+        for task in batch.tasks.unique().tolist()
+    }
+    expected = {"GradNorm": {task: mean / len(means) for task, mean in means.items()}, "MGDA": means}
+    for method, its in expected.items():
+        weighted = losses * trainers[method]._factors(batch)
+        found = {task: weighted[batch.tasks == task].sum() for task in means}
+        torch.testing.assert_close(found, its)
+    torch.testing.assert_close((losses * trainers[JOINT]._factors(batch)).sum(), losses.sum() / tokens.sum())
+    first = {method: Trainer(job(method), corpus).advance() for method in trainers}
+    assert first == pytest.approx(dict.fromkeys(first, first[JOINT]))  # the mean over all tokens, whatever is stepped on
+
+
 def test_a_checkpoint_of_other_texts_is_an_error(corpus, tmp_path):
     trainer = Trainer(job(), corpus)
     trainer.advance()
@@ -315,6 +356,65 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         save({"a": lambda: None}, tmp_path / "file")
     assert torch.load(tmp_path / "file") == {"a": 1}
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+# --- Loss geometry ------------------------------------------------------------------------------------------------------
+
+
+def test_geometry_is_that_of_a_backward_pass_for_each_task(corpus):
+    torch.manual_seed(0)
+    model = Translator(corpus.size, SMALL).double()
+    tasks = tasks_of(RECIPE.languages, "both")
+    found = study.geometry(model, corpus, tasks, count=5, size=2)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    rows = {}
+    for task in tasks:
+        pairs = corpus.pairs("aligned", task)
+        batch = corpus.batch((task,), [(0, a, b) for a, b in zip(pairs.english[:5], pairs.text[:5], strict=True)])
+        loss = token_losses(model, batch).sum() / (batch.target[:, 1:] != PAD).sum()
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        rows[task] = dict(zip([name for name, _ in model.named_parameters()], grads, strict=True))
+    for c, group in enumerate(found.groups):
+        its = [name for name in rows[tasks[0]] if name.startswith(f"{group}.")]
+        jacobian = torch.stack([torch.cat([rows[task][name].flatten() for name in its]) for task in tasks])
+        expected = jacobian @ jacobian.T
+        norms = expected.diagonal().sqrt()
+        expected = (expected / norms / norms[:, None]).fill_diagonal_(torch.nan)
+        torch.testing.assert_close(found.cosines[c], expected, equal_nan=True, atol=1e-6, rtol=1e-6)
+
+
+def test_families_against_chance():
+    families = ["x", "x", "x", "y", "y", "y", "z"]
+    random = np.random.default_rng(0)
+    noise = random.normal(size=(7, 7)) * 0.01
+    same = np.equal.outer(families, families)
+    clustered = np.where(same, 0.5, 0.1) + noise + noise.T
+    np.fill_diagonal(clustered, np.nan)
+    difference, correlation, p = study.permutation_test(clustered, families, times=499)
+    within = [clustered[i, j] for i in range(7) for j in range(i) if families[i] == families[j]]
+    between = [clustered[i, j] for i in range(7) for j in range(i) if families[i] != families[j]]
+    assert difference == pytest.approx(np.mean(within) - np.mean(between))
+    assert correlation > 0.9
+    # Of 7!/(3! 3!) = 140 ways to have the same families, two do not tell x from y.
+    assert 2 / 500 < p < 0.05
+    flat = noise + noise.T
+    np.fill_diagonal(flat, np.nan)
+    assert study.permutation_test(flat, families, times=199)[2] > 0.05
+    assert np.isnan(study.permutation_test(clustered, list("abcdefg"))).all()
+
+
+def test_similarity_against_performance(corpus):
+    model = Translator(corpus.size, SMALL)
+    runs = {}
+    for number, code in enumerate(("pl", "hi", "tr")):
+        recorder = gs.Recorder()
+        recorder.record(study.geometry(model, corpus, ("en-fr", f"en-{code}"), count=4), 0)
+        runs[f"en-{code}"] = (recorder, float(number))
+    table, correlation = study.against_performance(runs)
+    cosines = [float(row.split("|")[3]) for row in table.splitlines()[2:]]
+    assert cosines == sorted(cosines, reverse=True)
+    assert -1 <= correlation <= 1
+    assert np.isnan(study.against_performance({"en-pl": runs["en-pl"]})[1])
 
 
 # --- Tables -------------------------------------------------------------------------------------------------------------
@@ -332,13 +432,8 @@ def test_the_runs_of_the_tables():
 
 
 @pytest.fixture
-def few(monkeypatch):
-    """Three methods in one direction, in this process."""
-    chosen = (BILINGUAL, JOINT, BEST)
-    for module in (jobs, tables):
-        monkeypatch.setattr(module, "TABLE_65", chosen)
-        monkeypatch.setattr(module, "DIRECTIONS", ("from-en",))
-    monkeypatch.setattr(jobs.table_jobs, "__defaults__", (("from-en",),))
+def in_process(monkeypatch):
+    """Runs are done here, not in processes of their own."""
 
     def here(todo, out, cache, *, processes, device, check):
         for run in todo:
@@ -346,6 +441,16 @@ def few(monkeypatch):
                 jobs.run_one(run, out, cache, device, check)
 
     monkeypatch.setattr("examples.multilingual_translation.__main__.run_all", here)
+
+
+@pytest.fixture
+def few(in_process, monkeypatch):
+    """Three methods in one direction."""
+    chosen = (BILINGUAL, JOINT, BEST)
+    for module in (jobs, tables):
+        monkeypatch.setattr(module, "TABLE_65", chosen)
+        monkeypatch.setattr(module, "DIRECTIONS", ("from-en",))
+    monkeypatch.setattr(jobs.table_jobs, "__defaults__", (("from-en",),))
     return chosen
 
 
@@ -362,16 +467,126 @@ def test_the_command_makes_the_table_and_goes_on_where_it_was(few, tmp_path, cac
     assert not any(path.name == "checkpoint.pt" for path in before)
     main(arguments)
     assert {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*")} == before
-    monkeypatch.setattr(jobs, "measured", lambda run, corpus, device: (0.5, 1.0))
+    monkeypatch.setattr(plan, "measured", lambda *_, **__: plan.Times(start=0, step=0.5, evaluation=2, geometry=100))
     main([*arguments, "--plan", "--seeds", "2"])
     # Two steps of half a second each, and two seconds for each task's evaluation, of which the six runs have twelve.
     assert "6 runs are left: 0.5 minutes of one process, 0.2 of 2" in capsys.readouterr().out
 
 
-def test_times_are_measured(corpus):
-    step, evaluation = jobs.measured(job(), corpus, steps=1)
-    assert step > 0
-    assert evaluation > 0
+def test_study_and_page(in_process, tmp_path, cache, capsys, monkeypatch):
+    monkeypatch.setattr(jobs, "languages_of", lambda source: ("fr", "es", "ru"))
+    monkeypatch.setattr(study, "SENTENCES", 8)
+    out = tmp_path / "out"
+    arguments = ["--quick", "--steps", "2", "--source", "django", "--cache", str(cache), "--out", str(out)]
+    with pytest.raises(SystemExit, match="Nothing has been run in .* run a part first"):
+        main(["report", *arguments])
+    main(["study", *arguments])
+    printed = capsys.readouterr().out
+    for name in ("En→Any", "Any→En", "Any→Any", "En→Any, small batches"):
+        for tasks in ("xx-en",) if name == "Any→En" else ("en-xx", "xx-en") if name == "Any→Any" else ("en-xx",):
+            for part in ("encoder", "decoder"):
+                assert f"| Django's messages, {name}, seed 0 | {tasks} | {part} |" in printed
+    main(["trilingual", *arguments])
+    assert "Rank correlation" in capsys.readouterr().out
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*")}
+    main(["report", *arguments])
+    assert {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*")} == kept
+    found = (out / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"(src|href)=\"(?!data:|#)|url\((?!#)|@import", found)  # nothing is loaded
+    assert found.count("<svg") == 4 * 5
+    assert found.count("<details") == 4
+    for link in re.findall(r'href="#([^"]*)"', found):
+        assert found.count(f'id="{link}"') == 1, link
+    assert "currentColor" in found
+    assert "#0a0b0c" not in found
+    assert tables.NOT_RUN in found  # the table of methods
+    assert "python -m examples.multilingual_translation all --quick --steps 2 --source django --seed 0 --seeds 1" in found
+    assert f"torch {torch.__version__}" in found
+    assert "6 of 40 runs; seeds 0" in found
+    assert "Not measured yet" in found  # the cost
+
+
+def test_tables_become_html():
+    text = "**A** < B\n\n| x | y | z |\n|---|--:|--:|\n| 1 |  | < |"
+    assert page.html(text).replace("\n", "") == (
+        '<p><b>A</b> &lt; B</p><div class="table"><table><thead><tr><th class="words">x</th><th>y</th><th>z</th></tr>'
+        '</thead><tbody><tr><td class="words">1</td><td></td><td>&lt;</td></tr></tbody></table></div>'
+    )
+    assert page.html("**A, b**\n\n1.20 ± 0.10 `x`") == (
+        '<h3>A, b</h3>\n<p>1.20<span class="pm"> ± 0.10</span> <code>x</code></p>'
+    )
+
+
+def test_the_best_of_a_column_is_bold():
+    scores = {JOINT: [1.0, 3.0], BEST: [2.0, 1.0], BILINGUAL: [9.0, 9.0]}
+    tasks = ("en-fr", "en-pl")
+    results = {}
+    for method, values in scores.items():
+        for its in [(task,) for task in tasks] if method == BILINGUAL else [tasks]:
+            run = dataclasses.replace(job(method), tasks=its)
+            results[run] = Result({}, "", bleu={task: values[tasks.index(task)] for task in its})
+    rows = tables.scores(results, tuple(scores), tasks, tables.SCORES["BLEU"]).splitlines()[2:]
+    assert rows == [
+        f"| {JOINT} | 1.00 | **3.00** | **2.00** |  | 1 |",
+        f"| {BEST} | **2.00** | 1.00 | 1.50 | -0.50 | 1 |",
+        f"| {BILINGUAL} | 9.00 | 9.00 | 9.00 | 7.00 | 1 |",
+    ]
+
+
+def test_times_are_measured(corpus, cache, monkeypatch):
+    monkeypatch.setattr(plan, "_POOL", 1)
+    times = plan.timed(job(), cache, "cpu", True, True)
+    assert all(seconds > 0 for seconds in times)
+    assert plan.timed(job(), cache, "cpu", True, False).geometry == 0
+
+
+def test_an_error_waits_for_no_more_runs(monkeypatch, tmp_path, cache):
+    begun, first = [], threading.Event()
+
+    def one(run, *_):
+        begun.append(run)
+        if len(begun) == 1:
+            first.wait(10)
+            raise RuntimeError("no disk")
+        first.set()
+        return 0.0
+
+    monkeypatch.setattr(jobs, "ProcessPoolExecutor", lambda processes, **_: ThreadPoolExecutor(processes))
+    monkeypatch.setattr(jobs, "run_one", one)
+    wanted = [job(seed=seed) for seed in range(50)]
+    with pytest.raises(RuntimeError, match="no disk"):
+        jobs.run_all(wanted, tmp_path, cache, processes=2, device="cpu", check=True)
+    assert len(begun) < 50
+
+
+def test_costs_are_of_the_same_batches(corpus, cache, tmp_path, monkeypatch, capsys):
+    ways = (cost.PLAIN, JOINT)
+    monkeypatch.setattr(cost, "WAYS", ways)
+    monkeypatch.setattr(jobs, "languages_of", lambda source: ("fr", "pl"))
+    monkeypatch.setattr(cost.memory, "elsewhere", lambda module, its: cost.peak(json.loads(json.dumps(its))))
+    with monkeypatch.context() as patch:
+        seen = []
+        patch.setattr(cost, "gradients", lambda way, trainer, batch: seen.append((way, batch)))
+        turns = cost.Turns({way: cost.trainer_of(way, corpus, SETTINGS, seed=0) for way in ways})
+        for contender in 2 * list(turns.contenders().values()):
+            contender.before()
+            contender.run()
+        assert [way for way, _ in seen] == [*ways, *ways]
+        assert seen[0][1] is seen[1][1]
+        assert seen[2][1] is seen[3][1] is not seen[0][1]
+        patch.setitem(SIZES, "tiny", dataclasses.replace(SMALL, dropout=0.0))
+        found = {way: cost.trainer_of(way, corpus, SETTINGS, seed=0) for way in ways}
+        cost.plain(found[cost.PLAIN], seen[0][1])
+        found[JOINT].gradients(seen[0][1])
+        for one, other in zip(*(trainer.model.parameters() for trainer in found.values()), strict=True):
+            torch.testing.assert_close(one.grad, other.grad)
+    arguments = ["cost", "--quick", "--source", "django", "--repeats", "2", "--cache", str(cache), "--out", str(tmp_path)]
+    main([*arguments, "--threads", "1"])
+    assert "2 directions" in capsys.readouterr().out
+    costs = cost.Costs.read(tmp_path)
+    assert {way: len(seconds) for way, seconds in costs.seconds.items()} == dict.fromkeys(ways, 2)
+    for way in ways:
+        assert f"| {way} |" in costs.table
 
 
 def test_options_must_make_sense(capsys):

@@ -14,14 +14,16 @@ from pathlib import Path
 import torch
 
 try:
-    from . import jobs, tables
+    from . import cost, page
     from .corpus import prepare
     from .fetch import cache_folder
-    from .jobs import PARTS, SCALES, Scale, plan, results_of, run_all
+    from .jobs import PARTS, SCALES, Scale, results_of, run_all, sizes
+    from .plan import plan
+    from .summary import Summary
 except ImportError as error:
     raise SystemExit(f'This example needs more packages ({error}): pip install "gradsurgery[multilingual]".') from error
 
-COMMANDS = ("data", *PARTS, "all", "report")
+COMMANDS = ("data", "cost", *PARTS, "all", "report")
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
@@ -36,37 +38,50 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         corpora = {"Tables 6.2 to 6.5": scale.four(), "All languages": scale.all()}
         if scale.source != "django":
             corpora["Verses"] = scale.all("verses")
-        print(jobs.sizes({name: prepare(recipe, cache, check=check) for name, recipe in corpora.items()}))
+        print(sizes({name: prepare(recipe, cache, check=check) for name, recipe in corpora.items()}))
         return cache
+    if options.command == "cost":
+        settings = {"repeats": options.repeats, "seed": options.seed, "threads": options.threads, "check": check}
+        costs = cost.measure(scale, cache, **settings)
+        costs.write(options.out)
+        print(f"{costs.table}\n\nKept in {options.out.resolve()}, for the report.")
+        return options.out
     parts = tuple(PARTS) if options.command in ("all", "report") else (options.command,)
     seeds = range(options.seed, options.seed + options.seeds)
     wanted = {part: PARTS[part](scale, seeds) for part in parts}
     every = [job for part in wanted.values() for job in part]
     settings = {"processes": options.jobs, "device": options.device, "check": check}
     if options.plan:
-        print(plan(every, options.out, cache, **settings))
+        print(plan(wanted, options.out, cache, **settings))
         return options.out
     options.out.mkdir(parents=True, exist_ok=True)
     if options.command != "report":
         run_all(every, options.out, cache, **settings)
-    for part, its in wanted.items():
-        results = results_of(its, options.out)
+    made = Summary(scale, options.out, cache, check=check, device=options.device)
+    sections = [getattr(made, part)(its) for part, its in wanted.items()]
+    for part, section in zip(parts, sections, strict=True):
+        (options.out / f"{part}.md").write_text(section.markdown + "\n", encoding="utf-8")
+        if options.command != "report":
+            print(f"\n{section.markdown}")
+    results = list(results_of(every, options.out).values())
+    if options.command in ("all", "report"):
         if not results:
-            continue
-        if part == "table":
-            corpus = prepare(scale.four(), cache, check=check)
-            text = f"{tables.table_65(results, scale, corpus)}\n\n**What it cost**\n\n{tables.costs(results, scale)}"
-        elif part == "ablations":
-            text = tables.ablations(results, scale)
-        elif part == "massive":
-            corpora = {job: prepare(job.recipe, cache, check=check) for job in results}
-            text = tables.massive(results, its, corpora)
-        else:
-            continue
-        tables.write(text, options.out / f"{part}.md")
-        print(f"\n{text}")
+            raise SystemExit(f"Nothing has been run in {options.out.resolve()} with these settings: run a part first.")
+        wanted_runs = len(set(every))
+        page.write([made.cost(), *sections], _commands(options), results, wanted_runs, options.out / "report.html")
+        print(f"{len(results)} of {wanted_runs} runs are in report.html.")
     print(f"\n{time.perf_counter() - started:.0f} seconds in all. Results are in {options.out.resolve()}")
     return options.out
+
+
+def _commands(options: argparse.Namespace) -> list[str]:
+    """That make the same page again."""
+    chosen = ["--quick"] if options.quick else [f"--size {options.size}"]
+    chosen += [f"--steps {options.steps}"] if options.steps else []
+    chosen += [f"--source {options.source}"] if options.source != "help" else []
+    chosen += [f"--seed {options.seed}", f"--seeds {options.seeds}", *(["--unchecked"] if options.unchecked else [])]
+    start = "python -m examples.multilingual_translation"
+    return [f"{start} {command} {' '.join(chosen)}" for command in ("cost", "all", "report")]
 
 
 def _scale(options: argparse.Namespace) -> Scale:
@@ -87,6 +102,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     known.add_argument("command", nargs="?", default="table", choices=COMMANDS, help="data: fetch texts and count them; "
+                       "cost: time and memory of a step on all languages, against plain training; "
                        "table: 6.5; ablations: 6.2 to 6.4; massive: 6.6; study, trilingual: models for 6.2; all of these; "
                        "report: one page of what there is")  # fmt: skip
     known.add_argument("--size", default="tiny", choices=[name for name in SCALES if name != "quick"], help="of everything")
@@ -96,13 +112,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     known.add_argument("--seed", type=int, default=0, help="the first seed")
     known.add_argument("--seeds", type=int, default=1, help="how many; several give 95%% intervals")
     known.add_argument("--jobs", type=int, default=2, help="runs at a time, with one thread each")
+    known.add_argument("--repeats", type=int, default=30, help="for cost: batches")
+    known.add_argument("--threads", type=int, default=2, help="for cost: that PyTorch computes with")
     known.add_argument("--device", default="cpu", help="to train on, such as cuda")
     known.add_argument("--source", default="help", choices=["help", "django"], help="of texts; django needs no download")
     known.add_argument("--cache", type=Path, help="folder for texts; in the user's cache by default")
     known.add_argument("--out", type=Path, default=Path("out/multilingual_translation"), help="folder for runs and results")
     known.add_argument("--unchecked", action="store_true", help="use texts that differ from those this was made with")
     options = known.parse_args(arguments)
-    for name in ("seeds", "jobs"):
+    for name in ("seeds", "jobs", "repeats", "threads"):
         if getattr(options, name) < 1:
             known.error(f"--{name} must be at least 1. Found {getattr(options, name)}.")
     if options.steps < 0:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
@@ -39,7 +39,7 @@ class Scale:
     settings: Settings
     massive: Settings
     vocabulary: tuple[int, int]
-    scarce: int = 4500
+    scarce: int = 4000
     longest: int = 40
     evaluated: int = 200
     source: str = "help"
@@ -66,9 +66,10 @@ SCALES = {
         evaluated=10,
     ),
     "tiny": Scale(
-        Settings(),
-        Settings(batch=128, keep=100),
+        Settings(steps=1000),
+        Settings(steps=1000, batch=128, keep=100),
         vocabulary=(4000, 12_000),
+        longest=24,
     ),
     "small": Scale(
         Settings("small", steps=20_000, batch=128, rate=1e-3, warmup=2000, record=20, save=500),
@@ -169,7 +170,10 @@ def results_of(jobs: Iterable[Job], out: Path) -> dict[Job, Result]:
 
 
 def run_all(jobs: Sequence[Job], out: Path, cache: Path, *, processes: int, device: str, check: bool) -> None:
-    """Runs what is not complete yet, some at a time; each continues from its checkpoint."""
+    """Runs what is not complete yet, some at a time; each continues from its checkpoint.
+
+    No more than ``processes`` are handed out at once, so that an error, or an interruption, waits for those alone.
+    """
     todo = [job for job in dict.fromkeys(jobs) if not (folder_of(job, out) / "result.json").exists()]
     for recipe in dict.fromkeys(job.recipe for job in todo):
         prepare(recipe, cache, check=check)  # once, before several processes would
@@ -180,11 +184,13 @@ def run_all(jobs: Sequence[Job], out: Path, cache: Path, *, processes: int, devi
         pool,
         tqdm(total=len(todo), unit="run", disable=None, dynamic_ncols=True) as bar,
     ):  # fmt: skip
-        futures = {pool.submit(run_one, job, out, cache, device, check): job for job in todo}
-        for future in as_completed(futures):
-            loss = future.result()
-            bar.set_postfix_str(f"{futures[future].name}: validation loss {loss:.3f}")
-            bar.update()
+        later = iter(todo)
+        running = {pool.submit(run_one, job, out, cache, device, check): job for job in islice(later, processes)}
+        while running:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                bar.set_postfix_str(f"{running.pop(future).name}: validation loss {future.result():.3f}")
+                bar.update()
+                running |= {pool.submit(run_one, job, out, cache, device, check): job for job in islice(later, 1)}
 
 
 def run_one(job: Job, out: Path, cache: Path, device: str = "cpu", check: bool = True) -> float:
@@ -193,54 +199,6 @@ def run_one(job: Job, out: Path, cache: Path, device: str = "cpu", check: bool =
     result = Trainer(job, prepare(job.recipe, cache, check=check), folder, device).run()
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     return fmean(result.loss["valid"].values())
-
-
-# --- Planning ---------------------------------------------------------------------------------------------------------
-
-
-def measured(job: Job, corpus: Corpus, device: str = "cpu", steps: int = 16) -> tuple[float, float]:
-    """Seconds of a step, and of the evaluation of one task, of a short run."""
-    trainer = Trainer(job, corpus, None, device)
-    for _ in range(2):  # the first is checked, and shows how many backward passes there are
-        trainer.advance()
-    trainer.step = 16  # a whole pool of batches, of all lengths
-    times = []
-    for _ in range(steps):
-        started = time.perf_counter()
-        trainer.advance()
-        times.append(time.perf_counter() - started)
-    started = time.perf_counter()
-    trainer.model.eval()
-    task = job.tasks[0]
-    trainer.translate(task)
-    return fmean(times), time.perf_counter() - started
-
-
-def plan(jobs: Sequence[Job], out: Path, cache: Path, *, processes: int, device: str, check: bool) -> str:
-    """How many runs there are and what is left of them, and about how long that will take, from measured times."""
-    lines, total, seconds = (
-        ["| method | tasks | step | runs | left | time of those left |", "|---|--:|--:|--:|--:|--:|"],
-        0,
-        0.0,
-    )
-    kinds: dict[tuple[str, int, Settings, Recipe], list[Job]] = {}
-    for job in dict.fromkeys(jobs):
-        kinds.setdefault((job.method, len(job.tasks), job.settings, job.recipe), []).append(job)
-    for (method, tasks, settings, recipe), of in kinds.items():
-        left = [job for job in of if not (folder_of(job, out) / "result.json").exists()]
-        step, evaluation = measured(of[0], prepare(recipe, cache, check=check), device)
-        # Losses of two parts take about as long as one translation.
-        its = len(left) * (settings.steps * step + 2 * tasks * evaluation)
-        lines.append(
-            f"| {method} | {tasks} | {1000 * step:.0f} ms | {len(of)} | {len(left)} | {its / 60:.0f} min |"
-        )  # fmt: skip
-        total, seconds = total + len(left), seconds + its
-    lines.append("")
-    lines.append(
-        f"{total} runs are left: {seconds / 60:.1f} minutes of one process, {seconds / 60 / processes:.1f} of {processes}, "
-        "if the machine does nothing else."
-    )
-    return "\n".join(lines)
 
 
 def sizes(corpora: Mapping[str, Corpus]) -> str:

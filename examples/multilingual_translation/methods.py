@@ -21,15 +21,16 @@ class Method:
         name: as in the tables.
         rule: makes the rule, given the names of the scarce and of the other tasks.
         groups: the surgery groups.
-        mean: whether a task's loss is the mean over its own tokens. Otherwise it is its share of the mean over all tokens
-            of the batch, so that the tasks' losses add up to the loss of plain joint training.
+        loss: what a task's loss is. ``"share"``: its part of the mean over all tokens of the batch, so that the tasks'
+            losses add up to that of plain joint training. ``"mean"``: the mean over its own tokens, for rules whose weights
+            add up to one. ``"mean / tasks"``: that, over the number of tasks, for rules whose weights are one on average.
         measures: whether each task's gradient is computed.
     """
 
     name: str
     rule: Callable[[Sequence[str], Sequence[str]], gs.Rule]
     groups: Groups = "model"
-    mean: bool = False
+    loss: str = "share"
     measures: bool = True
 
 
@@ -54,8 +55,8 @@ METHODS: dict[str, Method] = {
     for method in (
         Method(BILINGUAL, _always(gs.Sum), measures=False),
         Method(JOINT, _always(gs.Sum), "layer"),
-        Method("GradNorm", _always(gs.GradNorm), mean=True),
-        Method("MGDA", _always(gs.MGDA), mean=True),
+        Method("GradNorm", _always(gs.GradNorm), loss="mean / tasks"),
+        Method("MGDA", _always(gs.MGDA), loss="mean"),
         Method("PCGrad", _always(gs.PCGrad)),
         Method("PCGrad, all_layer", _always(gs.PCGrad), "layer"),
         Method("GradVac, fixed_obj", _gradvac(target=0.5), "layer"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 from sacrebleu.significance import PairedTest
 
@@ -47,10 +46,12 @@ def _merged(results: Sequence[Result]) -> Result:
 
 Score = Callable[[Result], Mapping[str, float]]
 
+LOSS = "validation loss (nats per piece)"
+
 SCORES: dict[str, Score] = {
     "BLEU": lambda result: result.bleu,
     "chrF": lambda result: result.chrf,
-    "validation loss (nats per piece)": lambda result: result.loss["valid"],
+    LOSS: lambda result: result.loss["valid"],
 }
 
 
@@ -60,19 +61,50 @@ def scores(results: Results, methods: Sequence[str], tasks: Sequence[str], score
         f"| | {' | '.join(tasks)} | average | difference to {JOINT} | seeds |",
         "|---|" + "--:|" * (len(tasks) + 3),
     ]
-    base = {seed: statistics.fmean(score(found).values()) for seed, found in of_method(results, JOINT, tasks).items()}
+    best = _best(results, methods, tasks, score, digits)
     for method in methods:
         found = of_method(results, method, tasks)
         if not found:
             lines.append(f"| {method} | " + " | ".join([NOT_RUN] * (len(tasks) + 2)) + " | 0 |")
             continue
-        cells = [interval([score(one)[task] for one in found.values()], digits) for task in tasks]
-        means = {seed: statistics.fmean(score(one)[task] for task in tasks) for seed, one in found.items()}
-        common = sorted(set(means) & set(base))
-        change = interval([means[s] - base[s] for s in common], digits) if common and method != JOINT else ""
-        average = interval(list(means.values()), digits)
-        lines.append(f"| {method} | {' | '.join(cells)} | {average} | {change} | {len(found)} |")
+        columns = [[score(one)[task] for one in found.values()] for task in tasks]
+        columns.append([statistics.fmean(score(one)[task] for task in tasks) for one in found.values()])
+        cells = [interval(values, digits) for values in columns]
+        if method != BILINGUAL:
+            cells = [
+                f"**{cell}**" if round(statistics.fmean(values), digits) == top else cell
+                for cell, values, top in zip(cells, columns, best, strict=True)
+            ]
+        differs = change(results, method, tasks, score, digits) if method != JOINT else ""
+        lines.append(f"| {method} | {' | '.join(cells)} | {differs} | {len(found)} |")
     return "\n".join(lines)
+
+
+def change(results: Results, method: str, tasks: Sequence[str], score: Score | None = None, digits: int = 2) -> str:
+    """The average over the tasks minus that of plain joint training, seed by seed; empty if they share no seed."""
+    score = SCORES["BLEU"] if score is None else score
+    means = {
+        name: {
+            seed: statistics.fmean(score(one)[task] for task in tasks)
+            for seed, one in of_method(results, name, tasks).items()
+        }
+        for name in (method, JOINT)
+    }
+    common = sorted(set(means[method]) & set(means[JOINT]))
+    return interval([means[method][seed] - means[JOINT][seed] for seed in common], digits) if common else ""
+
+
+def _best(results: Results, methods: Sequence[str], tasks: Sequence[str], score: Score, digits: int) -> list[float]:
+    """The best mean of each column among the multilingual methods; nan where there is one method only."""
+    top = min if score is SCORES[LOSS] else max
+    columns: list[list[float]] = [[] for _ in (*tasks, "average")]
+    for method in methods:
+        found = [] if method == BILINGUAL else list(of_method(results, method, tasks).values())
+        if found:
+            means = [statistics.fmean(score(one)[task] for one in found) for task in tasks]
+            for column, value in zip(columns, (*means, statistics.fmean(means)), strict=True):
+                column.append(round(value, digits))
+    return [top(column) if len(column) > 1 else float("nan") for column in columns]
 
 
 def table_65(results: Results, scale: Scale, corpus: Corpus | None) -> str:
@@ -84,7 +116,7 @@ def table_65(results: Results, scale: Scale, corpus: Corpus | None) -> str:
             digits = 3 if "loss" in name else 2
             parts.append(f"**{WORDS[direction]}, {name}**\n\n{scores(results, TABLE_65, tasks, score, digits)}")
         if corpus is not None and (found := bootstrap(results, TABLE_65, tasks, corpus)):
-            parts.append(f"**{WORDS[direction]}, paired bootstrap against {JOINT}** (p-values of BLEU)\n\n{found}")
+            parts.append(f"**{WORDS[direction]}, paired bootstrap against {JOINT}: p-values of BLEU**\n\n{found}")
     return "\n\n".join(parts)
 
 
@@ -92,7 +124,7 @@ def ablations(results: Results, scale: Scale) -> str:
     """Tables 6.2 to 6.4."""
     tasks = tasks_of(scale.four().languages, "from-en")
     return "\n\n".join(
-        f"**{title}** (BLEU)\n\n{scores(results, rows, tasks, SCORES['BLEU'])}" for title, rows in ABLATIONS.items()
+        f"**{title}, BLEU**\n\n{scores(results, rows, tasks, SCORES['BLEU'])}" for title, rows in ABLATIONS.items()
     )
 
 
@@ -173,8 +205,3 @@ def massive(results: Results, jobs: Sequence[Job], corpora: Mapping[Job, Corpus]
 def _row(job: Job) -> str:
     temperature = f"T={job.settings.temperature:g}"
     return temperature if job.method == JOINT else f"{job.method}, {temperature}"
-
-
-def write(text: str, path: Path) -> None:
-    """Writes a table, with a line's end at the end."""
-    path.write_text(text + "\n", encoding="utf-8")

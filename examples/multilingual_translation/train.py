@@ -141,9 +141,9 @@ class Result:
         if len(self.recorder.steps):
             buffer = io.BytesIO()
             self.recorder.save(buffer)
-            _replace(folder / "recording.npz", buffer.getvalue())
+            write_whole(folder / "recording.npz", buffer.getvalue())
         content = {key: value for key, value in self.__dict__.items() if key != "recorder"}
-        _replace(folder / "result.json", json.dumps(content, ensure_ascii=False, indent=1).encode())
+        write_whole(folder / "result.json", json.dumps(content, ensure_ascii=False, indent=1).encode())
 
     @classmethod
     def read(cls, folder: Path) -> Result | None:
@@ -197,10 +197,11 @@ class Trainer:
             loss = self.advance()
             if progress is not None:
                 progress(loss)
-            if self.folder is not None and (self.step % settings.save == 0 or self.step == settings.steps):
-                save(self.state_dict(), self.folder / _SAVED)
+            # The model first: a run that stops between the two makes it again; the other way round, it would be missing.
             if self.folder is not None and settings.keep and self.step % settings.keep == 0:
                 save(self.model.state_dict(), self.folder / f"model-{self.step:07}.pt")
+            if self.folder is not None and (self.step % settings.save == 0 or self.step == settings.steps):
+                save(self.state_dict(), self.folder / _SAVED)
         self.evaluate()
         if self.folder is not None:
             self.result.write(self.folder)
@@ -213,14 +214,9 @@ class Trainer:
             group["lr"] = settings.rate_at(self.step)
         batch = self.batches[self.step].to(self.device)
         started = time.perf_counter()
-        with optimizer.split(batch.tasks, reduction="sum"):
-            losses = token_losses(self.model, batch, settings.smoothing) * self._factors(batch)
-        optimizer.backward(losses)
-        optimizer.combine()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        found = losses.sum().item()
+        losses = self.gradients(batch)
+        update(self.model, optimizer, settings)
+        found = (losses.sum() / (batch.target[:, 1:] != PAD).sum()).item()
         self.result.milliseconds.append(1000 * (time.perf_counter() - started))
         self.result.training.append(found)
         last = optimizer.last
@@ -232,13 +228,21 @@ class Trainer:
         self.step += 1
         return found
 
+    def gradients(self, batch: Batch) -> Tensor:
+        """One backward pass of a batch, and surgery, to ``p.grad``; returns the losses ``[B, T]`` of the tokens."""
+        with self.optimizer.split(batch.tasks, reduction="sum"):
+            losses = token_losses(self.model, batch, self.job.settings.smoothing)
+        self.optimizer.backward(losses * self._factors(batch))
+        self.optimizer.combine()
+        return losses
+
     def _factors(self, batch: Batch) -> Tensor:
         """``[B, 1]``: what tokens' losses are multiplied with, so that their sum over a task is the task's loss."""
-        tokens = (batch.target[:, 1:] != PAD).sum(1)
-        if not METHODS[self.job.method].mean:
+        tokens, loss = (batch.target[:, 1:] != PAD).sum(1), METHODS[self.job.method].loss
+        if loss == "share":
             return (1 / tokens.sum()).expand(len(tokens), 1)
         counts = tokens.new_zeros(len(self.job.tasks)).index_add_(0, batch.tasks.to(tokens.device), tokens)
-        return 1 / (counts[batch.tasks.to(counts.device), None] * (counts > 0).sum())
+        return 1 / (counts[batch.tasks.to(counts.device), None] * ((counts > 0).sum() if loss == "mean / tasks" else 1))
 
     # --- Checkpoints --------------------------------------------------------------------------------------------------
 
@@ -281,13 +285,13 @@ class Trainer:
     # --- Evaluation ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def evaluate(self) -> None:
-        """Fills in the losses and scores of the result."""
-        started, result = time.perf_counter(), self.result
+    def evaluate(self, tasks: Sequence[str] | None = None) -> None:
+        """Fills in the losses and scores of the result, of all tasks or of some."""
+        started, result, tasks = time.perf_counter(), self.result, self.job.tasks if tasks is None else tasks
         self.model.eval()
         for part in ("valid", "test"):
-            result.loss[part] = {task: self._loss(part, task) for task in self.job.tasks}
-        for task in self.job.tasks:
+            result.loss[part] = {task: self._loss(part, task) for task in tasks}
+        for task in tasks:
             texts, references = self.translate(task), references_of(self.corpus, task)
             bleu, chrf = metrics(task)
             result.texts[task] = texts
@@ -330,6 +334,13 @@ def token_losses(model: Translator, batch: Batch, smoothing: float = 0.0) -> Ten
     return cross_entropy(scores.mT, batch.target[:, 1:], ignore_index=PAD, reduction="none", label_smoothing=smoothing)
 
 
+def update(model: Translator, optimizer: torch.optim.Optimizer, settings: Settings) -> None:
+    """What is done with gradients: the same for all methods."""
+    torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def batches_of(corpus: Corpus, part: str, task: str, size: int = 100) -> list[Batch]:
     """All pairs of a part of the corpus, in order."""
     pairs = corpus.pairs(part, task)
@@ -360,10 +371,11 @@ def save(content: Mapping[str, Any], path: Path) -> None:
     """Writes a file whole or not at all."""
     buffer = io.BytesIO()
     torch.save(dict(content), buffer)
-    _replace(path, buffer.getvalue())
+    write_whole(path, buffer.getvalue())
 
 
-def _replace(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all."""
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         file.write(content)
     os.replace(file.name, path)

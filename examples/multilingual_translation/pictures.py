@@ -1,0 +1,97 @@
+"""The pictures of the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+
+import gradsurgery as gs
+
+from . import study
+from .languages import FAMILY, other
+from .page import picture
+from .train import Result
+
+_WIDE = (7.5, 3.8)
+
+
+def of_geometry(name: str, recorder: gs.Recorder) -> list[tuple[str, str]]:
+    """Heat maps of both halves (Figures 6.2, 6.5 and 6.6) and of their difference (6.4 a), and similarities over the
+    checkpoints, by layer (6.4 b) and of two pairs of tasks (6.4 c); each with what it shows."""
+    size = (2.2 + 0.32 * len(recorder.tasks), 1.8 + 0.3 * len(recorder.tasks))
+    families = {task: FAMILY[other(task)] for task in recorder.tasks}
+    found = []
+    for part, groups in study.PARTS.items():
+
+        def heatmap(ax: Axes, part: str = part, groups: Sequence[str] = groups) -> None:
+            gs.plots.cosine_heatmap(recorder, groups=groups, families=families, ax=ax)
+            ax.set_title(part)
+
+        found.append((_said(recorder, part), picture(heatmap, size, f"{name} {part}")))
+    said = "Encoder minus decoder: where blue, gradients are more similar in the encoder (Figure 6.4 a)."
+    found.append((said, picture(lambda ax: _difference(recorder, ax), size, f"{name} difference")))
+    layers = study.layers_of(recorder)
+
+    def by_layer(ax: Axes) -> None:
+        gs.plots.similarity(recorder, groups=layers, window=1, ax=ax)
+
+    found.append(("Mean over all pairs, by layer, at the checkpoints (Figure 6.4 b).", picture(by_layer, _WIDE, name)))
+    if pairs := _near_and_far(recorder.tasks):
+        ends = [layers[0], next(layer for layer in layers if layer.startswith("decoder"))]
+
+        def of_pairs(ax: Axes) -> None:
+            gs.plots.similarity(recorder, pairs=pairs, groups=ends, window=1, ax=ax)
+
+        found.append(("A pair of one family and a pair of two, in the first blocks (Figure 6.4 c).",
+                      picture(of_pairs, _WIDE, f"{name} pairs")))  # fmt: skip
+    return found
+
+
+def _said(recorder: gs.Recorder, part: str) -> str:
+    """What a heat map shows, with its numbers."""
+    said = [f"Cosine similarity of {part} gradients on the same sentences; frames are families."]
+    for direction, tasks in study.directions_of(recorder).items():
+        its = study.clustering(recorder, part, tasks)
+        compared = f", **{its.difference:+.3f}** within families against between (p = {its.p:.4f})"
+        said.append(f"{direction}: {its.mean:.3f} on average{'' if np.isnan(its.p) else compared}.")
+    return " ".join(said)
+
+
+def _difference(recorder: gs.Recorder, ax: Axes) -> None:
+    one, two = (study.similarities(recorder, groups) for groups in study.PARTS.values())
+    values = one - two
+    limit = max(float(np.nanmax(np.abs(values), initial=0.0)), 1e-3)
+    image = ax.imshow(values, cmap="RdBu", vmin=-limit, vmax=limit)
+    names = recorder.tasks
+    ax.figure.colorbar(image, ax=ax, fraction=0.046, pad=0.04).outline.set_visible(False)
+    ax.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
+    ax.set_yticks(range(len(names)), names)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    ax.set_title("encoder minus decoder")
+
+
+def _near_and_far(tasks: Sequence[str]) -> list[tuple[str, str]]:
+    """The first task with the next one of its family, and with Hindi, or the last one; empty if that is not to be had."""
+    first = tasks[0]
+    alike = [task for task in tasks[1:] if FAMILY[other(task)] == FAMILY[other(first)] and other(task) != other(first)]
+    far = [task for task in tasks if FAMILY[other(task)] != FAMILY[other(first)]]
+    hindi = [task for task in far if other(task) == "hi"]
+    return [(first, alike[0]), (first, (hindi or far[-1:])[0])] if alike and far else []
+
+
+def of_operations(results: Mapping[str, Result]) -> list[tuple[str, str]]:
+    """How many pairs each rule operated on over the steps (Figure 6.7), with what it shows."""
+    recordings = {name: result.recorder for name, result in results.items() if result.recorder.operated.any()}
+    if not recordings:
+        return []
+    svg = picture(lambda ax: gs.plots.operations(recordings, ax=ax), _WIDE, "operations")
+    shares = ", ".join(f"{name} **{its.operation_rate():.1%}**" for name, its in recordings.items())
+    return [
+        (
+            f"Pairs operated on in each recorded step, over all surgery groups (Figure 6.7). Share of all pairs: {shares}.",
+            svg,
+        )
+    ]
