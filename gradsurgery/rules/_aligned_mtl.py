@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._rule import Rule, State
-from ._solvers import precise
+from ._solvers import looks, precise
 from ._weights import Weights, as_pairs, operated, shares, weights_state
 
 
@@ -74,10 +74,11 @@ class AlignedMTL(Rule):
         matrix, tasks = precise(gram), gram.shape[-1]
         if active is not None:
             matrix = torch.where(active[:, :, None] & active[:, None, :], matrix, 0.0)
-        largest = matrix.diagonal(dim1=-2, dim2=-1).amax(-1)[:, None, None]
+        matrix = matrix / matrix.diagonal(dim1=-2, dim2=-1).amax(-1)[:, None, None]
         # The eigensolver must not see what is not finite: the rows are not either, and so neither is the result.
-        usable = (largest > 0) & matrix.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
-        values, vectors = torch.linalg.eigh(torch.where(usable, matrix / largest, 0.0))
+        usable = matrix.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+        everywhere = looks(gram) and bool(usable.all())
+        values, vectors = torch.linalg.eigh(matrix if everywhere else torch.where(usable, matrix, 0.0))
         kept = values > tasks * torch.finfo(torch.float32).eps * values[:, -1:]
         rank = kept.sum(-1, keepdim=True)
         if self.scale == "rmse":
@@ -85,7 +86,9 @@ class AlignedMTL(Rule):
         else:  # eigenvalues increase, and the kept ones are the last; of an even number, the lower median
             place = tasks - rank + (0 if self.scale == "min" else (rank - 1).div(2, rounding_mode="floor"))
             scale = values.gather(-1, place.clamp(0, tasks - 1))
-        factors = torch.where(kept, scale / torch.where(kept, values, 1.0), 0.0).sqrt()
-        balance = (vectors * factors[:, None, :]) @ vectors.mT
-        balance = torch.where(rank[..., None] > 0, balance, torch.eye(tasks, dtype=balance.dtype, device=gram.device))
-        return operated(shares(gram, state, active)[:, :, None] * balance, gram, active), state
+        factors = torch.where(kept, (scale / values).sqrt(), 0.0)
+        balance = torch.bmm(vectors * factors.unsqueeze(-2), vectors.mT)
+        if not everywhere:
+            eye = torch.eye(tasks, dtype=balance.dtype, device=gram.device)
+            balance = torch.where(rank.unsqueeze(-1) > 0, balance, eye)
+        return operated(shares(gram, state, active).unsqueeze(-1) * balance, gram, active), state

@@ -103,8 +103,8 @@ def _by_reflections(cosines: Tensor, linear: Tensor, allowed: Tensor) -> Tensor:
     last, size = torch.empty_like(s), torch.empty_like(s)  # allocated once: fresh memory costs as much as the arithmetic
     before = torch.full_like(weight, torch.inf)
     going = torch.ones_like(weight, dtype=torch.bool)  # so that no group depends on how long another takes
-    for _ in range(16):
-        for _ in range(5):
+    for steps in (20, *(5,) * 12):  # between two looks, each of which takes as long as a step
+        for _ in range(steps):
             last, s = s, torch.baddbmm(offset, torch.abs(s, out=size), turn, out=last)
         found = torch.where(going, s, found)
         change = ((s - last).abs_().amax(-1, keepdim=True) / enough).amax(-2, keepdim=True)
