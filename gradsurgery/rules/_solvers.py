@@ -7,6 +7,7 @@ host, except on the CPU, where looking costs nothing: there, solvers stop when t
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from torch import Tensor
 ENUMERATED = 5  # with so many tasks at most, all 2^K supports of a solution are tried at once
 # Gram matrices may be from products in float32, whose rounding looks like directions of this squared length.
 ROUNDING = 4 * torch.finfo(torch.float32).eps
+_NEWTON_STEPS = 40  # a dozen are needed, unless there is no solution
 UNSOLVED = "the gradients are nearly dependent, and the result is less exact"
 
 
@@ -88,9 +90,10 @@ def balanced(cosines: Tensor, target: Tensor, power: float, rule: str) -> Tensor
     shift = target.amax(-1, keepdim=True)
     target = target - shift
     w, error = _balanced(cosines, target, power, 1e-12)
+    enough = torch.finfo(w.dtype).eps ** 0.5
     # Where it is what was added to C that makes a solution, it had better not be a huge one.
     made = 1e-12 * (w ** (1 + power) / target.exp()).amax(-1, keepdim=True)  # the largest part of C w that is not from C
-    failed = ~((error < 1e-8) & (made < 1e-4))
+    failed = ~((error < enough) & (made < 1e-4))
     if not looks(w):
         w = torch.where(failed, _balanced(cosines, target, power, 1e-6)[0], w)
     elif bool(failed.any()):
@@ -101,28 +104,49 @@ def balanced(cosines: Tensor, target: Tensor, power: float, rule: str) -> Tensor
     return w * (shift / (1 + power)).exp()
 
 
-def _balanced(cosines: Tensor, target: Tensor, power: float, ridge: float, iterations: int = 80) -> tuple[Tensor, Tensor]:
-    """``w`` and how far it is from a solution ``[G, 1]``, by primal-dual Newton steps.
+def _balanced(cosines: Tensor, target: Tensor, power: float, ridge: float) -> tuple[Tensor, Tensor]:
+    """``w`` and how far ``C w`` is from ``z = t w^-p`` ``[G, 1]``, by damped Newton steps along the curve of ``(w, z)``.
 
-    They are for ``C w = z`` and ``p log w + log z = log t``, the second of which is approached by a factor at a time.
+    A number ``y`` tells where on its curve a task is: at ``y = 0`` the slope ``dz/dw`` is -1; from there on ``w`` grows with
+    ``y``, and before it ``z`` falls with it. So neither leaves its range, whichever of them is tiny; no entry of the Jacobian
+    of ``C w - z`` is large; and as ``p`` goes to zero, which is max-min fairness, this becomes the normal map of a
+    complementarity problem (Robinson 1992), that is linear but for a kink.
     """
     matrix = cosines + ridge * torch.eye(cosines.shape[-1], dtype=cosines.dtype, device=cosines.device)
-    size = cosines.abs()
-    z = w = torch.ones_like(target)
-    for _ in range(iterations):
-        outside = (matrix @ w[..., None]).squeeze(-1) - z
-        off = target - power * w.log() - z.log()
-        error = torch.maximum(outside.abs() / (size @ w[..., None]).squeeze(-1), off.abs()).amax(-1, keepdim=True)
-        unfinished = error > 1e-13
-        if looks(w) and not bool(unfinished.any()):
+    size = matrix.abs()
+    log_turn = (target + math.log(power)) / (1 + power)
+    turn = log_turn.exp(), (target - power * log_turn).exp()
+
+    def curve(y: Tensor) -> tuple[Tensor, Tensor]:
+        w, z = turn[0] + y.clamp_min(0), turn[1] - y.clamp_max(0)
+        beyond = y >= 0
+        return (
+            torch.where(beyond, w, ((target - z.log()) / power).exp()),
+            torch.where(beyond, (target - power * w.log()).exp(), z),
+        )
+
+    w = (target / (1 + power)).exp()  # the solution of orthogonal gradients
+    y = torch.where(w >= turn[0], w - turn[0], turn[1] - w)
+    w, z = curve(y)
+    fractions = 0.5 ** torch.arange(8, dtype=w.dtype, device=w.device).reshape(-1, 1, 1)
+    for left in reversed(range(_NEWTON_STEPS + 1)):
+        outside = torch.bmm(matrix, w.unsqueeze(-1)).squeeze(-1) - z
+        unit = torch.bmm(size, w.unsqueeze(-1)).squeeze(-1) + z
+        error = (outside.abs() / unit).amax(-1, keepdim=True)
+        unfinished = error > 512 * torch.finfo(w.dtype).eps
+        if not left or (looks(w) and not bool(unfinished.any())):
             break
-        off, slope = z * off.clamp(-2, 2), power * z / w
-        dw = torch.linalg.solve_ex(matrix + torch.diag_embed(slope), off - outside)[0]
-        dz = off - slope * dw
-        limit = torch.minimum(*(torch.where(d < 0, -v / d, 2.0).amin(-1, keepdim=True) for v, d in ((w, dw), (z, dz))))
-        length = (0.9 * limit).clamp_max(1)
-        fine = (dw.isfinite() & dz.isfinite()).all(-1, keepdim=True) & unfinished
-        w, z = torch.where(fine, w + length * dw, w), torch.where(fine, z + length * dz, z)
+        beyond, slope = y >= 0, power * z / w
+        jacobian = matrix * torch.where(beyond, 1.0, slope.reciprocal()).unsqueeze(-2)
+        jacobian.diagonal(dim1=-2, dim2=-1).add_(torch.where(beyond, slope, 1.0))
+        step = torch.linalg.solve_ex(jacobian, -outside)[0]
+        # Of the whole step and smaller ones, [8, G, K], the best.
+        tried = y + fractions * step
+        ws, zs = curve(tried)
+        errors = (((matrix @ ws.unsqueeze(-1)).squeeze(-1) - zs) / unit).abs().amax(-1)
+        best = errors.nan_to_num_(torch.inf).argmin(0)[None, :, None].expand(-1, -1, y.shape[-1])
+        usable = unfinished & step.isfinite().all(-1, keepdim=True)  # so that no group depends on how long another takes
+        y, w, z = (torch.where(usable, new.gather(0, best)[0], old) for new, old in ((tried, y), (ws, w), (zs, z)))
     return w, error
 
 
