@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._rule import Rule, State
-from ._solvers import directions, least_squares
+from ._solvers import directions, least_squares, looks, precise
 from ._weights import diagonal
 
 
@@ -41,7 +41,29 @@ class IMTLG(Rule):
     def mix(
         self, gram: Tensor, state: State, *, active: Tensor | None = None, generator: torch.Generator | None = None
     ) -> tuple[Tensor, State]:
-        cosines, norms, there = directions(gram, active)
-        weights = least_squares(cosines, there.to(cosines.dtype)) / norms
+        weights = _impartial(gram, active)
         weights = weights / weights.sum(-1, keepdim=True)
         return diagonal(torch.where(weights.abs().sum(-1, keepdim=True) < 1e12, weights, 0.0), gram, active), state
+
+
+def _impartial(gram: Tensor, active: Tensor | None) -> Tensor:
+    """Weights ``[G, K]`` that do not add up to 1 yet."""
+    if not looks(gram):
+        return _by_directions(gram, active)
+    # Of independent gradients, without a detour by their cosines. Both tests are those of least_squares.
+    gram = precise(gram)
+    norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    factor, info = torch.linalg.cholesky_ex(gram)
+    weights = torch.cholesky_solve(norms.unsqueeze(-1), factor).squeeze(-1)
+    fine = (factor.diagonal(dim1=-2, dim2=-1) > 1e-2 * norms).logical_and_((weights * norms).abs_() <= 1e3)
+    if active is not None:
+        fine &= active
+    if not bool(fine.all()) or bool(info.any()):
+        index = (fine.all(-1) & (info == 0)).logical_not_().nonzero().squeeze(1)
+        weights[index] = _by_directions(gram[index], None if active is None else active[index])
+    return weights
+
+
+def _by_directions(gram: Tensor, active: Tensor | None) -> Tensor:
+    cosines, norms, there = directions(gram, active)
+    return least_squares(cosines, there.to(cosines.dtype)) / norms
