@@ -99,13 +99,12 @@ def _by_reflections(cosines: Tensor, linear: Tensor, allowed: Tensor) -> Tensor:
     turn = inverse.mul_(2 * weight).sub_(eye)
     # A step of length d leaves |C x + q - y| = |(C + w) d| / 2.
     enough = 2 * allowed / (largest[:, None, None] + weight)  # [G, R, 1]
-    found = s = offset.clone()
-    last, size = torch.empty_like(s), torch.empty_like(s)  # allocated once: fresh memory costs as much as the arithmetic
+    # In single precision at first: what it leaves is an error like any other.
+    found = s = _reflected(offset.float(), offset.float(), turn.float(), 16)[0].to(offset)
     before = torch.full_like(weight, torch.inf)
     going = torch.ones_like(weight, dtype=torch.bool)  # so that no group depends on how long another takes
-    for steps in (20, *(5,) * 12):  # between two looks, each of which takes as long as a step
-        for _ in range(steps):
-            last, s = s, torch.baddbmm(offset, torch.abs(s, out=size), turn, out=last)
+    for _ in range(14):
+        s, last = _reflected(s, offset, turn, 5)  # between two looks, each of which takes as long as a step
         found = torch.where(going, s, found)
         change = ((s - last).abs_().amax(-1, keepdim=True) / enough).amax(-2, keepdim=True)
         going = going & (change > 1) & (change < 0.5 * before)
@@ -113,6 +112,14 @@ def _by_reflections(cosines: Tensor, linear: Tensor, allowed: Tensor) -> Tensor:
             break
         before = change
     return found.clamp(min=0)
+
+
+def _reflected(s: Tensor, offset: Tensor, turn: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """``s`` after some iterations of ``s = |s| turn + offset``, and before the last of them."""
+    s, last, size = s.clone(), torch.empty_like(s), torch.empty_like(s)  # once: fresh memory costs as much as the arithmetic
+    for _ in range(steps):
+        last, s = s, torch.baddbmm(offset, torch.abs(s, out=size), turn, out=last)
+    return s, last
 
 
 def by_pivoting(cosines: Tensor, linear: Tensor, support: Tensor, allowed: Tensor, iterations: int = 10) -> Tensor:
