@@ -30,7 +30,6 @@ import sys
 import tempfile
 import time
 import traceback
-import uuid
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -46,6 +45,7 @@ from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator
 from cosmic_ray.work_db import use_db
 from cosmic_ray.work_item import MutationSpec, TestOutcome, WorkerOutcome, WorkItem, WorkResult
+from scipy.stats import binomtest
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "out" / "mutants"
@@ -66,6 +66,7 @@ OPERATORS = [
 ]
 
 Position = tuple[int, int]
+Span = tuple[Position, Position]
 
 
 # --- Which mutants there are ------------------------------------------------------------------------------------------
@@ -74,18 +75,23 @@ Position = tuple[int, int]
 def mutations(module: str) -> Iterator[MutationSpec]:
     """All mutations of a module, ``"gradsurgery/_step.py"``."""
     nodes = list(ast_nodes(get_ast_from_path(ROOT / module)))
-    idle, binary = _regions(ast.parse((ROOT / module).read_text()))
+    idle, binary, signed = _regions(ast.parse((ROOT / module).read_text()))
     for name in OPERATORS:
         operator = get_operator(name)()
         found = ((start, end) for node in nodes for start, end in operator.mutation_positions(node))
         for occurrence, (start, end) in enumerate(found):
-            if not _within(start, idle) and ("Binary" not in name or _within(start, binary)):
+            possible = not _within(start, idle) and ("Binary" not in name or _within(start, binary))
+            if possible and not ("USub" in name and _within(start, signed)):
                 yield MutationSpec(ROOT / module, name, occurrence, start, end)
 
 
-def _regions(tree: ast.AST) -> tuple[list[tuple[Position, Position]], list[tuple[Position, Position]]]:
-    """What is never run (annotations, imports for them), and where binary operators stand: not in ``def f(*, x)``."""
-    idle, binary = [], []
+def _regions(tree: ast.AST) -> tuple[list[Span], list[Span], list[Span]]:
+    """Where mutations would be no faults, or others than they are meant to be.
+
+    That is: what is never run (annotations, imports for them); where binary operators stand, as ``*`` in ``def f(*, x)``
+    does not; and numbers with a sign, which are replaced by others anyway: axes ``-1`` and ``1`` are mostly the same.
+    """
+    idle, binary, signed = [], [], []
     for node in ast.walk(tree):
         for annotation in (getattr(node, "annotation", None), getattr(node, "returns", None)):
             if isinstance(annotation, ast.expr):
@@ -94,23 +100,28 @@ def _regions(tree: ast.AST) -> tuple[list[tuple[Position, Position]], list[tuple
             idle.append(_span(node))
         if isinstance(node, ast.BinOp):
             binary.append((_span(node.left)[1], _span(node.right)[0]))
-    return idle, binary
+        if isinstance(node, ast.UnaryOp) and isinstance(node.operand, ast.Constant):
+            signed.append(_span(node))
+    return idle, binary, signed
 
 
-def _span(node: Any) -> tuple[Position, Position]:
+def _span(node: Any) -> Span:
     return (node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset)
 
 
-def _within(position: Position, spans: Iterable[tuple[Position, Position]]) -> bool:
+def _within(position: Position, spans: Iterable[Span]) -> bool:
     return any(start <= position < end for start, end in spans)
 
 
 def sampled(by_module: dict[str, list[MutationSpec]], count: int, seed: int) -> list[MutationSpec]:
-    """A random sample without replacement, in which each module has its share (to the next integer)."""
+    """A random sample without replacement, in which each module has its share (to the next integer).
+
+    It is in random order, so that what a run that is stopped has tried by then is a random sample too.
+    """
     rng, total = random.Random(seed), sum(map(len, by_module.values()))
     shuffled = [mutation for found in by_module.values() for mutation in rng.sample(found, len(found))]
-    start = rng.random()  # every n-th, of all modules one after the other
-    return [shuffled[int((start + i) * total / count)] for i in range(count)] if count < total else shuffled
+    start, count = rng.random(), min(count, total)  # every n-th, of all modules one after the other
+    return rng.sample([shuffled[int((start + i) * total / count)] for i in range(count)], count)
 
 
 # --- Processes --------------------------------------------------------------------------------------------------------
@@ -332,13 +343,6 @@ def _by_file(names: Sequence[str], module: Path) -> list[str]:
 # --- All of them ------------------------------------------------------------------------------------------------------
 
 
-def interval(killed: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share."""
-    share, scale = killed / total, 1 + z**2 / total
-    half = z * ((share * (1 - share) + z**2 / (4 * total)) / total) ** 0.5
-    return (share + z**2 / (2 * total) - half) / scale, (share + z**2 / (2 * total) + half) / scale
-
-
 def report(done: Sequence[tuple[WorkItem, WorkResult]]) -> str:
     """The share killed, by module, and the survivors."""
     killed, total, survivors = Counter[str](), Counter[str](), []
@@ -352,8 +356,8 @@ def report(done: Sequence[tuple[WorkItem, WorkResult]]) -> str:
     lines = [f"{killed[module]:>4} of {total[module]:>4}  {module}" for module in sorted(total)]
     lines = [*sorted(survivors), *lines]
     if done:
-        low, high = interval(killed.total(), total.total())
         share = killed.total() / total.total()
+        low, high = binomtest(killed.total(), total.total()).proportion_ci(method="wilson")
         lines.append(
             f"{killed.total()} of {total.total()} mutants killed: {share:.1%}, 95 % interval {low:.1%} to {high:.1%}"
         )
@@ -394,9 +398,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             population = {module: list(mutations(module)) for module in wanted}
             print(f"{sum(map(len, population.values()))} mutants of {len(wanted)} modules", flush=True)
             sample = sampled(population, options.sample or sys.maxsize, options.seed)
-            db.add_work_items([WorkItem.single(uuid.uuid4().hex, mutation) for mutation in sample])
+            db.add_work_items([WorkItem.single(f"{place:05}", mutation) for place, mutation in enumerate(sample)])
         survived = [item for item, result in db.completed_work_items if result.test_outcome is TestOutcome.SURVIVED]
-        waiting = [*db.pending_work_items, *(survived if options.again else ())]
+        waiting = sorted(db.pending_work_items, key=lambda item: item.job_id) + (survived if options.again else [])
         if waiting:
             preload(tests)
             found = reached(tests, library)
