@@ -210,14 +210,15 @@ class _Level(Level):
         self, rows: Sequence[Rows], function: Callable[[int, Rows, Tensor | None], Tensor], mixing: Tensor | None
     ) -> Iterator[tuple[int, Tensor]]:
         (cell,) = self.cells
-        own = None if mixing is None else mixing[0].index_select(0, self._tasks[0]).index_select(1, self._tasks[0])
         for p in self._combined:
-            there = rows[p].of
-            for task in set(cell.tasks).difference(there):
-                row = next(iter(there.values()))
-                rows[p].add(task, row.new_zeros((), layout=torch.strided).expand(row.shape))
+            index = self._index[p]
+            if p in self._features:  # a part of one long vector, where a task that does not reach it has zeros
+                index, there = self._tasks[0], rows[p].of
+                for task in set(cell.tasks).difference(there):
+                    row = next(iter(there.values()))
+                    rows[p].add(task, row.new_zeros((), layout=torch.strided).expand(row.shape))
             rows[p].align()
-            yield p, function(p, rows[p], own)
+            yield p, function(p, rows[p], None if mixing is None else mixing[0][index][:, index])
             rows[p].clear()
 
 

@@ -368,12 +368,14 @@ class SurgeryOptimizer(torch.optim.Optimizer):
 
         Note:
             An error in a backward pass, or a loss that reaches nothing, leaves some rows added to and others not: all
-            gradients of the step are then forgotten.
+            gradients of the step are then forgotten. In steps without rows (with ``measure=False``, and between those of
+            ``every``) some are in ``p.grad`` by then: call :meth:`zero_grad`.
 
             With ``features``, the graph of the shared layers stays in memory until :meth:`combine`: that of each pass, in a
             step of several. The rows of all passes are then side by side, and their Gram matrices add up. Parameters past
-            the features that several tasks reach are combined with the same coefficients. Steps that need no Gram matrix
-            (with ``measure=False``, or between those of ``every``) make no use of features.
+            the features that several tasks reach are combined with the same coefficients; a coordinate rule sees their own
+            rows. Steps that need no Gram matrix (with ``measure=False``, or between those of ``every``) make no use of
+            features.
 
             In a 1-D tensor, each task reaches whatever the tensor depends on, except directly behind ``torch.stack`` or
             ``torch.cat`` where the tasks are still apart. With heads of their own, pass a mapping.

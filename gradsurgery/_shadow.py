@@ -113,24 +113,28 @@ class Shadow:
                 other parameter groups by now.
         """
         self._follow()
-        with self._same_random_numbers(), torch.enable_grad():
-            value = loss(self.model)
-            if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
-                found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        own = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        try:
+            with self._same_random_numbers(), torch.enable_grad():
+                value = loss(self.model)
+                if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+                    found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                    raise ValueError(
+                        f"The loss of {self.target!r} must be a scalar with a graph, of the model that is passed. "
+                        f"Found {found}."
+                    )
+                if own:  # and no gradient reaches the real model, whatever the loss was computed with
+                    value.backward(inputs=own)  # type: ignore[no-untyped-call]
+            if all(parameter.grad is None for parameter in own):
                 raise ValueError(
-                    f"The loss of {self.target!r} must be a scalar with a graph, of the model that is passed. "
-                    f"Found {found}."
+                    f"The loss of {self.target!r} reaches no parameter of the shadow: compute it with the model that is "
+                    "passed, not with the real one."
                 )
-            value.backward()  # type: ignore[no-untyped-call]
-        if all(parameter.grad is None for parameter in self.model.parameters()):
-            raise ValueError(
-                f"The loss of {self.target!r} reaches no parameter of the shadow: compute it with the model that is "
-                "passed, not with the real one."
-            )
-        if before_step is not None:
-            before_step(self.model)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+            if before_step is not None:
+                before_step(self.model)
+            self.optimizer.step()
+        finally:  # after an error too, so that the next step has gradients of its own
+            self.optimizer.zero_grad()
         self.steps += 1
 
     def gap(self, risk: Callable[[nn.Module], float]) -> float:

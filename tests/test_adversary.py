@@ -76,6 +76,24 @@ def test_discriminators_that_several_adversaries_share_descend():
     check_gradients(model, reversed_gradients(model, ["class", "domain", "noise"], 0.5))
 
 
+def test_at_features_each_adversary_has_a_discriminator_of_its_own():
+    """What the note says: a discriminator that two share past the features is reversed as the features are."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({name: nn.Linear(3, 3) for name in ("encoder", "classes", "one", "other")}).double()
+    x = torch.randn(4, 3, dtype=torch.float64)
+    for shared in (False, True):
+        opt = wrap(model, gs.Adversary(("a", "b")), tasks=["class", "a", "b"])
+        z = model["encoder"](x)
+        own = model["one"](z), model["one" if shared else "other"](z)
+        losses = {"class": model["classes"](z).square().mean(), "a": own[0].square().mean(), "b": (own[1] - 1).abs().mean()}
+        reached = losses["a"] + losses["b"] if shared else losses["a"]
+        (expected,) = torch.autograd.grad(reached, model["one"].weight, retain_graph=True)
+        opt.backward(losses, features=z)
+        opt.combine()
+        torch.testing.assert_close(model["one"].weight.grad, -expected if shared else expected)
+        opt.zero_grad()
+
+
 def test_the_strength_follows_the_schedule_of_dann():
     model = Dann()
     opt = wrap(model, gs.Adversary("domain", mu=0.8, steps=4), tasks=["class", "domain"])

@@ -634,6 +634,20 @@ def test_features_that_a_task_does_not_reach_are_zeros_of_it():
     torch.testing.assert_close(model["trunk"].bias.grad, expected.sum(0))
 
 
+@pytest.mark.parametrize("rule", [gs.TrimmedMean(1), gs.Chain(gs.Mean(), gs.TrimmedMean(1))], ids=repr)
+def test_a_parameter_past_the_features_has_no_rows_of_tasks_that_do_not_reach_it(rule):
+    model = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("trunk", "left", "right")}).double()
+    z = model["trunk"](batch().double())
+    left, right = model["left"](z), model["right"](z)
+    losses = {"a": left.square().mean(), "b": (left - 1).square().mean(), "c": (right - 3).square().mean()}
+    rows = [torch.autograd.grad(losses[task], model["left"].weight, retain_graph=True)[0] for task in "ab"]
+    opt = wrap(model, rule)
+    opt.backward(losses, features=z)
+    opt.combine()
+    scale = 1 / 3 if isinstance(rule, gs.Chain) else 1.0
+    torch.testing.assert_close(model["left"].weight.grad, scale * (rows[0] + rows[1]) / 2)  # the median of two
+
+
 # --- Elsewhere --------------------------------------------------------------------------------------------------------
 
 

@@ -145,6 +145,24 @@ def test_gradients_can_be_clipped():
     assert moved.norm().item() == pytest.approx(0.05 * 1e-3, rel=1e-3)
 
 
+def test_a_step_that_fails_leaves_nothing():
+    def fails(model):
+        raise MemoryError
+
+    model, *_, shadow = training("sgd", 1)
+    *_, other = training("sgd", 1)
+    with pytest.raises(MemoryError):
+        shadow.step(lambda m: m.loss("a", batch()), before_step=fails)
+    assert all(parameter.grad is None for parameter in shadow.model.parameters())
+    with pytest.raises(ValueError, match="reaches no parameter of the shadow"):
+        shadow.step(lambda _: model.loss("a", batch()))
+    for beside in (shadow, other):
+        beside.step(lambda m: m.loss("a", batch()) + model.trunk[0].weight.sum())  # by mistake, of the real model too
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for one, two in zip(shadow.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
 def test_frozen_parameters_are_followed():
     model, *_, shadow = training("sgd", 1)
     model.trunk.requires_grad_(False)

@@ -52,9 +52,10 @@ class Adversary(Rule):
     Note:
         It equals a gradient reversal layer between the encoder and the discriminators, where each adversary has
         discriminators of its own, or all of them the same. What tells encoder and discriminator apart is who reached a
-        parameter in this step: in a step without any other task, the adversaries' gradients are not reversed. Steps count
-        those with surgery: with ``every=n``, divide ``steps`` by ``n``. A step whose Gram matrix is not finite does not
-        count.
+        parameter in this step: in a step without any other task, the adversaries' gradients are not reversed. With
+        ``backward(..., features=z)``, what several tasks reach past the features is combined as the features are: there,
+        give each adversary a discriminator of its own, or else it is reversed too. Steps count those with surgery: with
+        ``every=n``, divide ``steps`` by ``n``. A step whose Gram matrix is not finite does not count.
     """
 
     scale_equivariant: ClassVar[bool] = True
