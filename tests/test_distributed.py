@@ -1,5 +1,7 @@
 """Several processes against one on all of their samples."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from conftest import TASKS, Heads
@@ -170,6 +172,27 @@ def test_ranks_do_as_one_process_on_all_samples(ranks, rule, source, count, dtyp
 def test_a_distributed_data_parallel_model_is_all_that_it_takes(ranks):
     check_run(ranks, 2, torch.float32, "tasks", rule=gs.GradVac(beta=0.1), wrap=ddp, check_ranks=True)
     check_run(ranks, 2, torch.float64, "mixed", rule=gs.PCGrad(), wrap=ddp, check_ranks=True)
+
+
+def accumulate(rank, quietly):
+    model, opt = new(Mixed, torch.float64, rule=gs.PCGrad(), wrap=ddp)
+    for step in range(4):
+        x, symbols, task_ids = samples(step, SIZES[2], torch.float64)[rank]
+        with model.no_sync() if quietly and step % 2 == 0 else nullcontext():
+            with opt.split(task_ids):
+                found = (model(x, symbols) - 1).square()
+            opt.backward(found)
+        if step % 2:
+            opt.step()
+            opt.zero_grad()
+    return [p.detach() for p in model.parameters()]
+
+
+def test_no_sync_makes_no_difference(ranks):
+    plain = ranks(2, accumulate, False)
+    assert equal(*plain)
+    for ours, theirs in zip(ranks(2, accumulate, True), plain, strict=True):
+        assert equal(ours, theirs)
 
 
 @pytest.mark.parametrize("source", SOURCES)

@@ -17,7 +17,7 @@ def torchrun(processes, *arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--rdzv-backend", "c10d"]
     command += ["--rdzv-endpoint", "localhost:0", "examples/distributed.py", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=150, cwd=ROOT, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return {name: float(loss) for name, loss in re.findall(r"^  (\w+) +(\d+\.\d+)$", done.stdout, re.MULTILINE)}
 

@@ -207,6 +207,22 @@ def test_fsdp_adds_up_nothing_itself(ranks):
         assert second == 0
 
 
+def patience(rank):
+    """For how long the groups wait."""
+    model, opt = new(torch.float64, "blocks", gs.PCGrad(), True)
+    train(model, opt, [rank], torch.float64, steps=1)
+    ranks = opt._surgery.ranks
+    wires = ranks._wire, ranks._whole.wire
+    groups = [wire.group for wire in wires]
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups], len(set(groups))
+
+
+def test_rows_travel_in_a_group_that_is_as_patient_as_the_first(ranks):
+    for (given, own), groups in ranks(2, patience):
+        assert given == own != 1800  # which is the default
+        assert groups == 2
+
+
 # --- What goes wrong ----------------------------------------------------------------------------------------------------
 
 

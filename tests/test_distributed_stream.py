@@ -210,6 +210,7 @@ def test_other_settings(ranks):
 def test_embeddings_whose_rows_are_sparse(ranks):
     results = check(ranks, 2, torch.float64, words=500)
     check(ranks, 2, torch.float64, words=500, passes=[[2], [2]])
+    check(ranks, 2, torch.float64, words=500, passes=[[1], [1, 0]])
     after = ranks(2, train, torch.float64, None, [[1]] * 2, {"words": 500, "stream": False})
     for ours, theirs in zip(results, after, strict=True):
         assert ours[2] == [False] + [True] * (STEPS - 1)

@@ -294,7 +294,8 @@ class Replicas(Ranks):
             layouts = dict.fromkeys(parameters, (True, True))
             if loose := [p for p in parameters if p in self._loose]:
                 mask = self._wire.host_max(torch.from_numpy(self._mask()[loose, -2:]))
-                layouts.update((p, (dense, to_be)) for p, (dense, to_be) in zip(loose, mask.bool().tolist(), strict=True))
+                known = zip(loose, mask.bool().tolist(), strict=True)
+                layouts.update((p, (dense or not to_be, to_be)) for p, (dense, to_be) in known)
         found = self._new_round(gradients, parameters, layouts)
         found.start()
         return found

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
@@ -68,8 +66,7 @@ class Whole:
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str], wire: Wire) -> None:
-        self.wire = copy.copy(wire)
-        self.wire.group = dist.new_group(wire.names, use_local_synchronization=True)
+        self.wire = wire.beside()
         modules = fsdp_modules(model)
         wanted = set(names)
         before = {name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)}

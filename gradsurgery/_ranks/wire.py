@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -40,8 +42,21 @@ class Wire:
         backends: Any = dist.get_backend_config(group)
         self._hosts = group
         if "cpu:" not in str(backends):
-            with _explained("making a group for small messages"):
-                self._hosts = dist.new_group(self.names, backend="gloo", use_local_synchronization=True)
+            self._hosts = self._another_group("gloo")
+
+    def beside(self) -> Wire:
+        """The collectives of a group of its own, of the same processes, that do not wait for this one's."""
+        result = copy.copy(self)
+        result.group = self._another_group()
+        return result
+
+    def _another_group(self, backend: str | None = None) -> dist.ProcessGroup:
+        settings: dict[str, Any] = {"timeout": _timeout(self.group), "backend": backend, "use_local_synchronization": True}
+        if self.names != sorted(self.names):  # which only PyTorch 2.13 and later have
+            settings["sort_ranks"] = False
+        with _explained("making a process group"):
+            group: dist.ProcessGroup = dist.new_group(self.names, **settings)
+        return group
 
     def gather_numbers(self, numbers: Sequence[int]) -> list[list[int]]:
         """Each rank's integers; all ranks have as many."""
@@ -92,6 +107,13 @@ class Wire:
         """The sum over the ranks, in place."""
         with _explained("adding up gradients"):
             return Waiting(dist.all_reduce(tensor, group=self.group, async_op=True), tensor)
+
+
+def _timeout(group: Any) -> timedelta | None:
+    """How long the group waits, which a new one would not know by itself; None if it does not say."""
+    backends = [group._get_backend(device) for device in group._device_types]
+    found = (getattr(getattr(backend, "options", None), "_timeout", None) for backend in backends)
+    return next((timeout for timeout in found if timeout is not None), None)
 
 
 class Waiting:
