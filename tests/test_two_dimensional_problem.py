@@ -16,9 +16,10 @@ import pytest
 import torch
 
 import gradsurgery as gs
+from examples.two_dimensional import report
 from examples.two_dimensional.__main__ import main
 from examples.two_dimensional.problem import STARTS, by_hand, distances, losses, pareto_set
-from examples.two_dimensional.run import TASKS, batched, rules, run
+from examples.two_dimensional.run import TASKS, Path2D, attempt, batched, rules, run
 
 FIRST, SECOND, THIRD = (-8.5, 7.5), (-8.5, -5.0), (9.0, 9.0)
 LR, STEPS = 3e-3, 6000
@@ -142,7 +143,7 @@ def test_pareto_set():
 
 
 def test_example_runs(tmp_path, capsys):
-    out = main(["--quick", "--rules", "Sum", "GradVac", "--jobs", "1", "--out", str(tmp_path / "out")])
+    out = main(["--quick", "--rules", "Sum", "GradVac", "--jobs", "2", "--out", str(tmp_path / "out")])
     printed = capsys.readouterr().out
     table = (out / "ends.md").read_text()
     assert table in printed
@@ -150,38 +151,48 @@ def test_example_runs(tmp_path, capsys):
     assert (out / "paths.png").stat().st_size > 5000
 
 
+def test_example_redraws(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--redraw", "--out", str(tmp_path)])
+    assert "--redraw needs the paths.json of an earlier run" in capsys.readouterr().err
+    out = main(["--steps", "3", "--scale", "0.1", "--rules", "Mean", "--jobs", "1", "--out", str(tmp_path)])
+    assert "At most 3 steps of Adam, learning rate 0.001; first loss times 0.1; seed 0." in capsys.readouterr().out
+    table = (out / "ends.md").read_text()
+    for name in ("ends.md", "paths.png"):
+        (out / name).unlink()
+    main(["--redraw", "--out", str(tmp_path)])
+    assert (out / "ends.md").read_text() == table
+    assert (out / "paths.png").stat().st_size > 5000
+
+
+def test_table_says_where_paths_end(tmp_path):
+    ends = [(0.0, -8.36), (-0.001, -8.3), (5.0, 2.0), (math.nan, math.nan), (3.0, -7.0)]
+    own = [Path2D([start, end], 2000, rests) for start, end, rests in zip(STARTS, ends, (7, None) * 3, strict=False)]
+    row = report.table({"Sum": own}).splitlines()[2]
+    assert (
+        row
+        == "| Sum | **(0.00, -8.36)** | **(0.00, -8.30)** → | (5.00, 2.00) | diverged | (3.00, -7.00) | 2 of 5 | 2,000 |"
+    )
+    report.picture({"Sum": own}, tmp_path / "paths.png")  # nan is no point
+
+
 def test_example_knows_all_rules(capsys):
-    assert {"Sum", "Mean", "PCGrad", "GradVac", "MGDA"} <= set(rules())
+    assert {"Sum", "Mean", "PCGrad", "GradVac", "MGDA", "UncertaintyWeighting", "GradNorm"} <= set(rules())
+    assert "Transference" not in rules()  # it looks on
     with pytest.raises(SystemExit):
         main(["--rules", "Klingon"])
     assert "invalid choice: 'Klingon'" in capsys.readouterr().err
 
 
-def test_two_dimensional_example_keeps_the_others_where_a_rule_refuses(tmp_path, monkeypatch):
-    from concurrent.futures import Future
-
-    from examples.two_dimensional import __main__ as example
-
-    class Pool:
-        def __init__(self, *_, **__):
-            pass
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def submit(self, function, rule, **settings):
-            job = Future()
-            if isinstance(rule, gs.FAMO):
-                job.set_exception(ValueError("FAMO needs losses that are not negative."))
-            else:
-                job.set_result(function(rule, **settings))
-            return job
-
-    monkeypatch.setattr(example, "ProcessPoolExecutor", Pool)
-    out = example.main(["--rules", "FAMO", "PCGrad", "--steps", "2", "--out", str(tmp_path)])
-    table = (out / "ends.md").read_text()
+def test_example_keeps_the_others_where_a_rule_refuses(tmp_path):
+    settings = ["--steps", "2", "--jobs", "1", "--out", str(tmp_path)]
+    table = (main(["--rules", "FAMO", "PCGrad", *settings]) / "ends.md").read_text()
     assert "| PCGrad |" in table
-    assert "FAMO cannot be run here: FAMO needs losses that are not negative." in table
+    assert "FAMO cannot be run here: FAMO(lr=0.025, decay=0.01) needs losses that are not negative." in table
+    with pytest.raises(SystemExit, match=r"^FAMO cannot be run here"):
+        main(["--rules", "FAMO", *settings])
+
+
+def test_every_rule_that_refuses_says_why():
+    for name in REFUSING:
+        assert attempt(rules()[name], steps=1).refused.startswith(f"{name}(")

@@ -9,17 +9,20 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 try:
     from tqdm import tqdm
 
+    import gradsurgery as gs
+
     from . import report
-    from .run import Path2D, rules, timed
+    from .run import Path2D, Result, attempt, rules
 except ImportError as error:
     raise SystemExit(f'This example needs more packages ({error}): pip install "gradsurgery[examples]".') from error
 
@@ -56,22 +59,29 @@ def _run(options: argparse.Namespace, file: Path) -> None:
         "scale": options.scale,
         "seed": options.seed,
     }
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        jobs = {pool.submit(timed, rule, **settings): name for name, rule in chosen.items()}
-        for job in tqdm(as_completed(jobs), total=len(jobs), unit="rule", disable=None):
-            try:
-                paths[jobs[job]], seconds = job.result()
-                busy += seconds
-            except ValueError as error:  # a rule that needs positive losses, which these are not everywhere
-                refused[jobs[job]] = str(error)
-            minutes = (time.perf_counter() - started) / 60
-            said = (
-                f"At most {settings['steps']} steps of Adam, learning rate {options.lr:g}; first loss times "
-                f"{options.scale:g}; seed {options.seed}. {busy / 60:.1f} minutes of a core, {minutes:.1f} in all."
-            )
-            stored = {name: [asdict(path) for path in paths[name]] for name in chosen if name in paths}
-            text = json.dumps({"settings": settings, "paths": stored, "refused": refused, "said": said})
-            file.write_text(text, encoding="utf-8")
+    for name, result in tqdm(_results(chosen, settings, options.jobs), total=len(chosen), unit="rule", disable=None):
+        busy += result.seconds
+        if result.refused is None:
+            paths[name] = result.paths
+        else:
+            refused[name] = result.refused
+        minutes = (time.perf_counter() - started) / 60
+        said = (
+            f"At most {settings['steps']} steps of Adam, learning rate {options.lr:g}; first loss times "
+            f"{options.scale:g}; seed {options.seed}. {busy / 60:.1f} minutes of a core, {minutes:.1f} in all."
+        )
+        stored = {name: [asdict(path) for path in paths[name]] for name in chosen if name in paths}
+        text = json.dumps({"settings": settings, "paths": stored, "refused": refused, "said": said})
+        file.write_text(text, encoding="utf-8")
+
+
+def _results(chosen: dict[str, gs.Rule], settings: dict[str, Any], jobs: int) -> Iterator[tuple[str, Result]]:
+    if jobs == 1:
+        yield from ((name, attempt(rule, **settings)) for name, rule in chosen.items())
+        return
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        names = {pool.submit(attempt, rule, **settings): name for name, rule in chosen.items()}
+        yield from ((names[job], job.result()) for job in as_completed(names))
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -98,6 +108,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name in ("lr", "scale"):
         if not 0 < getattr(options, name) < float("inf"):
             known.error(f"--{name} must be positive. Found {getattr(options, name)}.")
+    if options.redraw and not (options.out / "paths.json").is_file():
+        known.error(
+            f"--redraw needs the paths.json of an earlier run. There is none in {options.out}; run without it first."
+        )
     return options
 
 

@@ -79,10 +79,21 @@ class _Part(NamedTuple):
     generator: torch.Generator
 
 
-def timed(rule: gs.Rule, **settings: Any) -> tuple[list[Path2D], float]:
-    """As :func:`run`, and the seconds of a core that it took."""
+class Result(NamedTuple):
+    """A rule's paths, or why it refuses; and the seconds of a core that it took."""
+
+    paths: list[Path2D]
+    refused: str | None
+    seconds: float
+
+
+def attempt(rule: gs.Rule, **settings: Any) -> Result:
+    """As :func:`run`, for a rule that may refuse: some need positive losses, which these are not everywhere."""
     started = time.process_time()
-    return run(rule, **settings), time.process_time() - started
+    try:
+        return Result(run(rule, **settings), None, time.process_time() - started)
+    except ValueError as error:
+        return Result([], str(error), time.process_time() - started)
 
 
 @torch.no_grad()
