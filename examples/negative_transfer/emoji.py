@@ -145,7 +145,12 @@ def backbone() -> Callable[[Tensor], Tensor]:
     network = import_module(code.name).EfficientNet.from_name("efficientnet-lite0").eval()
     network.load_state_dict(torch.load(weights, weights_only=True))
     mean, deviation = (torch.tensor(three)[:, None, None] for three in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
-    return lambda images: network.extract_features((images - mean) / deviation).mean((2, 3))
+
+    def features(images: Tensor) -> Tensor:
+        found: Tensor = network.extract_features((images - mean) / deviation)
+        return found.mean((2, 3))
+
+    return features
 
 
 def _without_sex(code: str) -> str:
