@@ -174,7 +174,7 @@ def npm(tmp_path, monkeypatch):
 
 def test_npm_fetches_a_pinned_package(npm, tmp_path, monkeypatch):
     npm("open('emoji-datasource-google-16.0.0.tgz', 'w').write(' '.join(sys.argv[1:]))")
-    command = "pack --silent emoji-datasource-google@16.0.0"
+    command = "pack --loglevel=error emoji-datasource-google@16.0.0"
     monkeypatch.setitem(emoji._TARBALLS, "google", hashlib.sha256(command.encode()).hexdigest())
     assert emoji.fetched("google", tmp_path).read_text() == command
     monkeypatch.setitem(emoji._TARBALLS, "google", "0" * 64)

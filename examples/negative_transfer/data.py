@@ -110,7 +110,7 @@ class Samples(NamedTuple):
 
     def of(self, own: Tensor) -> Samples:
         """Some of them, by their indices."""
-        return Samples(*(None if part is None else part[own] for part in self))
+        return Samples(self.x[own], self.y[own], None if self.distorted is None else self.distorted[own])
 
 
 def available() -> tuple[str, ...]:
@@ -131,7 +131,7 @@ def load(name: str, cache: Path) -> Samples:
     """
     file = kept(name, cache)
     if not file.exists():
-        raw = dict(zip(Samples._fields, _READ[name](), strict=False))
+        raw: dict[str, Any] = dict(zip(Samples._fields, _READ[name](), strict=False))
         order = np.random.default_rng(0).permutation(len(raw["y"]))
         cache.mkdir(parents=True, exist_ok=True)
         part = cache / f"{file.stem}.{id(raw)}.part.npz"

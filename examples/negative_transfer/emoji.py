@@ -102,7 +102,8 @@ def fetched(style: str, folder: Path) -> Path:
     npm = shutil.which("npm")
     if npm is None:
         raise SystemExit(f"The emoji are in the npm package {package}, and npm is not installed: it comes with Node.js.")
-    done = subprocess.run([npm, "pack", "--silent", f"{package}@{_RELEASE}"], cwd=folder, capture_output=True, text=True)
+    command = [npm, "pack", "--loglevel=error", f"{package}@{_RELEASE}"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"npm could not fetch {package}@{_RELEASE}:\n{done.stderr}")
     return checked(folder / f"{package}-{_RELEASE}.tgz", _TARBALLS[style], "Try again, or look at npm's settings.")
@@ -136,15 +137,20 @@ def distinct(emoji: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def backbone() -> Callable[[Tensor], Tensor]:
     """Images ``[B, 3, side, side]``, values in [0, 1], to features ``[B, 1280]``: EfficientNet-Lite0, frozen."""
-    specs = [find_spec(name) for name in _PACKAGES]
-    if not all(specs):
+    code, model = (find_spec(name) for name in _PACKAGES)
+    if code is None or model is None or model.origin is None:
         raise SystemExit(f"The network of the emoji is not installed. Run\n    {INSTALL}")
     place, expected = _WEIGHTS
-    weights = checked(Path(str(specs[1].origin)).parent / place, expected, f"Run\n    {INSTALL}")
-    network = import_module(_PACKAGES[0]).EfficientNet.from_name("efficientnet-lite0").eval()
+    weights = checked(Path(model.origin).parent / place, expected, f"Run\n    {INSTALL}")
+    network = import_module(code.name).EfficientNet.from_name("efficientnet-lite0").eval()
     network.load_state_dict(torch.load(weights, weights_only=True))
     mean, deviation = (torch.tensor(three)[:, None, None] for three in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
-    return lambda images: network.extract_features((images - mean) / deviation).mean((2, 3))
+
+    def features(images: Tensor) -> Tensor:
+        found: Tensor = network.extract_features((images - mean) / deviation)
+        return found.mean((2, 3))
+
+    return features
 
 
 def _without_sex(code: str) -> str:

@@ -130,13 +130,14 @@ def make(setting: Setting, seed: int, cache: Path) -> Problem:
     x, y = torch.empty(0, own.inputs), torch.empty(0, dtype=torch.int64)
     perturbed_x = perturbed_y = torch.empty(0, dtype=torch.bool)
     if setting.source:
-        part = next(other for other in PARTS if other != setting.part) if own.shared else setting.part
-        x, y, distorted = _draw(setting.source, part, setting.sources, random(_SOURCE), cache)
-        x, perturbed_x = perturb_images(x, setting.eps_x, random(_IMAGES), distorted)
+        part = PARTS[1 - PARTS.index(setting.part)] if own.shared else setting.part
+        x, y, changed = _draw(setting.source, part, setting.sources, random(_SOURCE), cache)
+        x, perturbed_x = perturb_images(x, setting.eps_x, random(_IMAGES), changed)
         y, perturbed_y = perturb_labels(y, setting.eps_y, random(_LABELS), setting.wrong, own.classes)
     return Problem(
         *(x, y, perturbed_x, perturbed_y),
-        *(x_target[labelled], y_target[labelled], x_target[:half], x_target[half:], y_target[half:], own),
+        *(x_target[labelled], y_target[labelled], x_target[:half], x_target[half:], y_target[half:]),
+        kind=own,
     )
 
 

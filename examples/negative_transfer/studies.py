@@ -220,8 +220,8 @@ OUTPUTS = ("table31", "table32", "table33", "table34", "figure33", "figure34", "
 def full(data: str, seeds: Sequence[int]) -> Study:
     """All directions of the three real domains, and of emoji; or of the two small ones."""
     if data == "small":
-        pairs = (("small", "edges"), ("edges", "small"))
-        return Study(pairs, pairs, tuple(seeds), Setting(*pairs[0], sources=800, targets=800))
+        both = (("small", "edges"), ("edges", "small"))
+        return Study(both, both, tuple(seeds), Setting(*both[0], sources=800, targets=800))
     pairs, emoji = (tuple((a, b) for a in names for b in names if a != b) for names in (REAL, EMOJI))
     return Study(pairs, (("mnist", "uci"), ("uci", "pen")), tuple(seeds), Setting(*pairs[0]), emoji=emoji)
 
