@@ -13,6 +13,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def decoded(content: bytes) -> tuple[BertModel, Pieces]:
     count, *_, length = reader.take("<5iQ")
     offsets, scores = reader.take(f"<{count + 1}I"), reader.take(f"<{count}f")
     blob = reader.bytes(length)
-    unigram = [(blob[a:b].decode("utf-8"), score) for a, b, score in zip(offsets, offsets[1:], scores, strict=True)]
+    unigram = [(blob[a:b].decode("utf-8"), score) for (a, b), score in zip(pairwise(offsets), scores, strict=True)]
     normal = {}
     number, _ = reader.take("<iI")
     for _ in range(number):
