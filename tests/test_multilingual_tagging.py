@@ -285,7 +285,7 @@ def test_the_command_makes_the_table(here, tmp_path, capsys, monkeypatch):
     assert "11 runs are left" in capsys.readouterr().out
     main(arguments)
     printed = capsys.readouterr().out
-    for method in tagging.ROWS:
+    for method in ("one model each", *tagging.ROWS[1:]):
         assert f"| {method} |" in printed
     assert "Mean F1 of the tags" in printed
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*")}

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -390,9 +389,9 @@ def save(content: Mapping[str, Any], path: Path) -> None:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Writes a file whole or not at all."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(content)
-    os.replace(file.name, path)
+    part = path.with_name(f"{path.name}.part")  # what an interruption leaves there is written over
+    part.write_bytes(content)
+    os.replace(part, path)
 
 
 def versions(*more: str) -> dict[str, str]:

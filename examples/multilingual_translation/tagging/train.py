@@ -332,7 +332,7 @@ def section(wanted: Sequence[Job], out: Path) -> Section:
             for name, score in (("Mean F1 of the tags, %", lambda it: it.f1), ("Accuracy, %", lambda it: it.accuracy))
         ]
         about = "; ".join(f"{task}: {treebank.about}" for task, treebank in TREEBANKS.items())
-        made.text = "\n\n".join([*parts, f"{about}."])
+        made.text = "\n\n".join([*parts, f"{about}."]).replace(f"| {BILINGUAL} |", "| one model each |")
         if change := tables.change(results, BEST, tasks, lambda it: it.f1):
             made.numbers.append((change, f"mean F1 of tagging: {BEST} minus plain joint training"))
     return made
