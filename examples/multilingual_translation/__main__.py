@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ try:
 except ImportError as error:
     raise SystemExit(f'This example needs more packages ({error}): pip install "gradsurgery[multilingual]".') from error
 
-COMMANDS = ("data", "cost", *PARTS, "all", "report")
+COMMANDS = ("data", "cost", *PARTS, "tagging", "all", "report")
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
@@ -46,28 +47,41 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         costs.write(options.out)
         print(f"{costs.table}\n\nKept in {options.out.resolve()}, for the report.")
         return options.out
-    parts = tuple(PARTS) if options.command in ("all", "report") else (options.command,)
+    whole = options.command in ("all", "report")
+    parts = tuple(PARTS) if whole else tuple(part for part in PARTS if part == options.command)
     seeds = range(options.seed, options.seed + options.seeds)
     wanted = {part: PARTS[part](scale, seeds) for part in parts}
     every = [job for part in wanted.values() for job in part]
     settings = {"processes": options.jobs, "device": options.device, "check": check}
+    tagged: list[Any] = []
+    if options.command == "tagging" or (whole and options.source != "django"):  # which is for trying out without downloads
+        from .tagging import train as tagging  # takes seconds: transformers is large
+
+        tagged = tagging.jobs(tagging.of_size("quick" if options.quick else options.size, options.steps), seeds)
     if options.plan:
-        print(plan(wanted, options.out, cache, **settings))
+        if wanted:
+            print(plan(wanted, options.out, cache, **settings))
+        if tagged:
+            print(tagging.plan(tagged, options.out, cache, **settings))
         return options.out
     options.out.mkdir(parents=True, exist_ok=True)
     if options.command != "report":
         run_all(every, options.out, cache, **settings)
+        if tagged:
+            tagging.run_all(tagged, options.out, cache, **settings)
     made = Summary(scale, options.out, cache, check=check, device=options.device)
     sections = [getattr(made, part)(its) for part, its in wanted.items()]
-    for part, section in zip(parts, sections, strict=True):
+    if tagged:
+        sections.append(tagging.section(tagged, options.out))
+    for part, section in zip([*parts, "tagging"], sections, strict=False):
         (options.out / f"{part}.md").write_text(section.markdown + "\n", encoding="utf-8")
         if options.command != "report":
             print(f"\n{section.markdown}")
-    results = list(results_of(every, options.out).values())
-    if options.command in ("all", "report"):
+    if whole:
+        results = [*results_of(every, options.out).values(), *results_of(tagged, options.out).values()]
         if not results:
             raise SystemExit(f"Nothing has been run in {options.out.resolve()} with these settings: run a part first.")
-        wanted_runs = len(set(every))
+        wanted_runs = len({*every, *tagged})
         page.write([made.cost(), *sections], _commands(options), results, wanted_runs, options.out / "report.html")
         print(f"{len(results)} of {wanted_runs} runs are in report.html.")
     print(f"\n{time.perf_counter() - started:.0f} seconds in all. Results are in {options.out.resolve()}")
@@ -103,7 +117,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     known.add_argument("command", nargs="?", default="table", choices=COMMANDS, help="data: fetch texts and count them; "
                        "cost: time and memory of a step on all languages, against plain training; "
-                       "table: 6.5; ablations: 6.2 to 6.4; massive: 6.6; study, trilingual: models for 6.2; all of these; "
+                       "table: 6.5; ablations: 6.2 to 6.4; massive: 6.6; study, trilingual: models for 6.2; "
+                       "tagging: 6.8; all of these; "
                        "report: one page of what there is")  # fmt: skip
     known.add_argument("--size", default="tiny", choices=[name for name in SCALES if name != "quick"], help="of everything")
     known.add_argument("--quick", action="store_true", help="some twenty steps, to see that everything works")

