@@ -166,6 +166,29 @@ def test_fairgrad_solves_its_equations(alpha, jacobian):
     np.testing.assert_allclose(jacobian @ (jacobian.T @ w), w ** (-1 / alpha), rtol=1e-7)
 
 
+@pytest.mark.parametrize("alpha", [0.5, 2.0, 5.0, 10.0, 100.0])
+@pytest.mark.parametrize("tasks", [1, 2, 6, 32])
+@pytest.mark.parametrize("length", [1e-10, 1.0, 1e15])
+def test_fairgrad_of_gradients_made_for_its_weights(alpha, tasks, length):
+    """Of unit gradients and any ``v > 0`` with ``C v > 0``, lengths make it the solution ``w = v / length``, exactly."""
+    rng, power = np.random.default_rng(tasks), 1 / alpha
+    unit = rng.normal(size=(tasks, 2 * tasks)) + 1
+    unit /= np.linalg.norm(unit, axis=1)[:, None]
+    v = 10 ** rng.uniform(max(-4 / power, -100), 0, size=tasks)  # far apart, as they are where alpha is large
+    products = unit @ (unit.T @ v)
+    assert products.min() > 0.01 * v.max()
+    lengths = (products * v**power) ** (1 / (power - 1))
+    expected = v / lengths * length ** (-2 / (1 + power))
+    np.testing.assert_allclose(weights_of(gs.FairGrad(alpha=alpha), lengths[:, None] * unit * length), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0, 5.0, 10.0])
+def test_fairgrad_settles_at_pareto_stationary_points(alpha):
+    """Without a solution there is one after a little has been added to the Gram matrix; a warning would be an error."""
+    jacobian = torch.tensor(np.stack([many(seed, 8, 3) for seed in range(40)]))
+    assert gs.FairGrad(alpha=alpha).mix(jacobian @ jacobian.mT, {})[0].isfinite().all()
+
+
 @sizes
 def test_nash_mtl_solves_its_equations(tasks, dim):
     jacobian = many(tasks, tasks, dim, lean=4.0 if dim < tasks else 0.0)  # leaning, so that something improves all tasks
