@@ -4,7 +4,7 @@ Each function takes a Jacobian ``[K, D]`` and returns the combined gradient ``[D
 """
 
 import numpy as np
-from scipy.optimize import bisect, minimize, nnls
+from scipy.optimize import bisect, brentq, minimize, nnls, root
 
 
 def unconflicted(g, jacobian):
@@ -137,3 +137,57 @@ def krum(jacobian, byzantine, selected):
         distances = sorted(((jacobian[i] - g) ** 2).sum() for j, g in enumerate(jacobian) if j != i)
         scores.append(sum(distances[: len(jacobian) - byzantine - 2]))
     return jacobian[np.argsort(scores, kind="stable")[:selected]].mean(0)
+
+
+# --- Exact but for rounding: which constraints are tight, by an active-set method, and the rest in closed form ---------
+
+
+def shortest(jacobian):
+    """MGDA: the shortest vector in the convex hull of the rows."""
+    # min ||J^T x||^2 + (1 - sum x)^2 over x >= 0 is a multiple of it, whatever the multiple.
+    tight = nnls(np.vstack([jacobian.T, np.ones(len(jacobian))]), np.eye(jacobian.shape[1] + 1)[-1], maxiter=1000)[0] > 0
+    equal = np.linalg.lstsq(jacobian[tight], np.ones(tight.sum()), rcond=None)[0]  # equal products with these rows
+    found = equal / (equal @ equal)
+    assert np.linalg.lstsq(jacobian[tight].T, found, rcond=None)[0].min() > 0
+    assert (jacobian @ found).min() > (1 - 1e-12) * (found @ found)
+    return found
+
+
+def conflict_averse(jacobian, c):
+    """CAGrad: the point of a ball around the mean whose least inner product with a row is the largest."""
+    g0, norms = jacobian.mean(0), np.linalg.norm(jacobian, axis=1)
+    radius = c * np.linalg.norm(g0)
+
+    def change(least):
+        """The shortest one after which no product is less (Lawson and Hanson 1974, Chapter 23)."""
+        above = least - jacobian @ g0
+        system = np.vstack([jacobian.T, above])
+        tight = nnls(system, np.eye(len(system))[-1], maxiter=1000)[0] > 0
+        return np.linalg.lstsq(jacobian[tight], above[tight], rcond=None)[0] if tight.any() else np.zeros_like(g0)
+
+    low, high = (jacobian @ g0).min(), (jacobian @ g0 + radius * norms).min() + 1e-3 * radius
+    least = brentq(lambda m: np.linalg.norm(change(m)) - radius, low, high, xtol=1e-300, rtol=1e-15)
+    found = g0 + change(least)
+    # No allowed direction gains more than what any point of the hull of the rows says (weak duality).
+    w = np.linalg.lstsq(jacobian.T, change(least), rcond=None)[0]
+    assert w.min() > -1e-12 * w.max()
+    w = w / w.sum()
+    bound = w @ jacobian @ g0 + radius * np.linalg.norm(w @ jacobian)
+    assert (jacobian @ found).min() > bound - 1e-14 * norms.max() ** 2
+    return found
+
+
+def bargained(jacobian):
+    """Nash-MTL: ``G a = 1 / a``, in ``s = log a``. How far ``a_i (G a)_i`` is from 1 bounds the relative error of ``a``."""
+    matrix = jacobian @ jacobian.T
+
+    def equations(s):
+        return np.exp(s) * (matrix @ np.exp(s)) - 1
+
+    def slopes(s):
+        return np.exp(s)[:, None] * matrix * np.exp(s) + np.diag(equations(s) + 1)
+
+    start = np.log(nash_weights(jacobian))
+    s = root(equations, start, jac=slopes, tol=1e-15).x
+    assert np.abs(equations(s)).max() < 1e-13
+    return np.exp(s) @ jacobian

@@ -87,21 +87,6 @@ def test_trimmed_mean_is_the_papers(tasks, trim):
             gs.operate(rows, gs.TrimmedMean(trim))
 
 
-@pytest.mark.parametrize("tasks", [2, 3, 8])
-def test_agrees_with_torchjd(tasks):
-    aggregation = pytest.importorskip("torchjd.aggregation")
-    for seed in range(5):
-        rows, _ = random(tasks, seed=seed)
-        for trim in range((tasks - 1) // 2 + 1):
-            torch.testing.assert_close(gs.operate(rows, gs.TrimmedMean(trim)), aggregation.TrimmedMean(trim)(rows))
-        for leak in (None, torch.linspace(0, 1, tasks, dtype=torch.float64)):
-            mapping = {} if leak is None else {str(k): value for k, value in enumerate(leak.tolist())}
-            torch.manual_seed(seed)
-            theirs = aggregation.GradDrop(leak=leak)(rows)
-            torch.manual_seed(seed)
-            torch.testing.assert_close(gs.operate(rows, gs.GradDrop(mapping)), theirs)
-
-
 def test_graddrop_picks_signs_as_often_as_they_are_pure():
     rows = torch.tensor([[3.0], [-1.0]]).expand(2, 40_000)
     found = gs.operate(rows, gs.GradDrop(), generator=torch.Generator().manual_seed(0))

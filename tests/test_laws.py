@@ -46,7 +46,8 @@ RULES = {
     "cosine gate, unweighted": gs.CosineGate(main=("0",), weighted=False),
     "a-gem": gs.AGEM(anchors=("0", "2")),
     "gem": gs.GEM(anchors=("0", "2")),
-    "sdmgrad": gs.SDMGrad(lr=0.3),  # the default amplifies rounding, from step to step
+    "sdmgrad": gs.SDMGrad(),
+    "sdmgrad, at a rate of its own": gs.SDMGrad(lr=0.3),
     "modo": gs.MoDo(),
     "cr-mogm": gs.CRMOGM(gs.MGDA()),
     "krum": gs.Krum(byzantine=0, selected=2),
@@ -70,7 +71,7 @@ BY_LENGTH = ("nash-mtl", "nash-mtl now and then", "fairgrad", "modo")
 # Rules that give a task a weight that depends on the lengths of the other tasks' gradients, or on how many there are.
 BY_LENGTHS = (
     *("dualproj", "cagrad", "aligned-mtl", "aligned-mtl, median", "aligned-mtl, rmse", "imtl-g", "config", "a-gem", "gem"),
-    *("sdmgrad", "cr-mogm", "krum", "equal norm"),
+    *("sdmgrad", "sdmgrad, at a rate of its own", "cr-mogm", "krum", "equal norm"),
 )
 
 WEIGHTED = ("upgrad with weights", "pcgrad with weights", "gradvac with weights")

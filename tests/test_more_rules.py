@@ -166,6 +166,29 @@ def test_fairgrad_solves_its_equations(alpha, jacobian):
     np.testing.assert_allclose(jacobian @ (jacobian.T @ w), w ** (-1 / alpha), rtol=1e-7)
 
 
+@pytest.mark.parametrize("alpha", [0.5, 2.0, 5.0, 10.0, 100.0])
+@pytest.mark.parametrize("tasks", [1, 2, 6, 32])
+@pytest.mark.parametrize("length", [1e-10, 1.0, 1e15])
+def test_fairgrad_of_gradients_made_for_its_weights(alpha, tasks, length):
+    """Of unit gradients and any ``v > 0`` with ``C v > 0``, lengths make it the solution ``w = v / length``, exactly."""
+    rng, power = np.random.default_rng(tasks), 1 / alpha
+    unit = rng.normal(size=(tasks, 2 * tasks)) + 1
+    unit /= np.linalg.norm(unit, axis=1)[:, None]
+    v = 10 ** rng.uniform(max(-4 / power, -100), 0, size=tasks)  # far apart, as they are where alpha is large
+    products = unit @ (unit.T @ v)
+    assert products.min() > 0.01 * v.max()
+    lengths = (products * v**power) ** (1 / (power - 1))
+    expected = v / lengths * length ** (-2 / (1 + power))
+    np.testing.assert_allclose(weights_of(gs.FairGrad(alpha=alpha), lengths[:, None] * unit * length), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0, 5.0, 10.0])
+def test_fairgrad_settles_at_pareto_stationary_points(alpha):
+    """Without a solution there is one after a little has been added to the Gram matrix; a warning would be an error."""
+    jacobian = torch.tensor(np.stack([many(seed, 8, 3) for seed in range(40)]))
+    assert gs.FairGrad(alpha=alpha).mix(jacobian @ jacobian.mT, {})[0].isfinite().all()
+
+
 @sizes
 def test_nash_mtl_solves_its_equations(tasks, dim):
     jacobian = many(tasks, tasks, dim, lean=4.0 if dim < tasks else 0.0)  # leaning, so that something improves all tasks
@@ -230,6 +253,15 @@ def test_config_equals_its_oracle(given_weights, jacobian):
     np.testing.assert_allclose(found, more_oracles.config(jacobian, weights), rtol=1e-7, atol=1e-8 * scale(jacobian))
 
 
+@pytest.mark.parametrize("rule", [gs.IMTLG(), gs.ConFIG()], ids=repr)
+def test_where_unit_gradients_cancel_there_is_no_direction(rule):
+    for seed in range(20):  # what rounding leaves of their sum must not become one
+        lengths = np.random.default_rng(seed).uniform(0.1, 10, size=(4, 6, 1))
+        jacobian = lengths * np.array([1, -1, -1, 1, 1, -1])[:, None]
+        for rows in jacobian:
+            assert np.abs(combined(rule, rows)[0]).max() == 0
+
+
 def test_config_of_dependent_gradients_equals_its_oracle():
     for seed in range(5):
         jacobian = many(seed, 8, 4)
@@ -290,6 +322,18 @@ def test_sdmgrad_ends_at_the_shortest_vector():
     jacobian = many(0, 5, 8)
     long = gs.SDMGrad(lam=0.0, lr=0.5, iterations=3000)
     np.testing.assert_allclose(combined(long, jacobian)[0], oracles.mgda(jacobian), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("tasks", [2, 5, 16])
+def test_sdmgrad_settles_on_gradients_that_stay_the_same(tasks):
+    jacobian, rule, state = many(1, tasks, 2 * tasks), gs.SDMGrad(lam=0.5), None
+    # || sum_i w_i g_i + lam g_0 || is the length of a point in the hull of the g_i + lam g_0.
+    expected = more_oracles.shortest(jacobian + 0.5 * jacobian.mean(0)) / 1.5
+    for _ in range(200):
+        before = state
+        found, state = combined(rule, jacobian, state)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * scale(jacobian))
+    torch.testing.assert_close(state["w"], before["w"], rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize(("byzantine", "selected"), [(0, 1), (1, 1), (1, 3), (2, 4)])
@@ -478,7 +522,7 @@ OUT_OF_RANGE = {
     "GEM-twice-the-same": (lambda: gs.GEM(anchors=("a", "a")), "`anchors` must be distinct names"),
     "GEM-margin": (lambda: gs.GEM(anchors=("a",), margin=-1), "`margin` must be at least 0. Found margin=-1"),
     "SDMGrad-lam": (lambda: gs.SDMGrad(lam=-1), "`lam` must be at least 0. Found lam=-1"),
-    "SDMGrad-lr": (lambda: gs.SDMGrad(lr=0), "`lr` must be positive. Found lr=0"),
+    "SDMGrad-lr": (lambda: gs.SDMGrad(lr=0), "`lr` must be positive, or None. Found lr=0"),
     "SDMGrad-momentum": (lambda: gs.SDMGrad(momentum=1), r"`momentum` must be in \[0, 1\). Found momentum=1"),
     "SDMGrad-iterations": (lambda: gs.SDMGrad(iterations=0), "`iterations` must be at least 1. Found iterations=0"),
     "MoDo-lr": (lambda: gs.MoDo(lr=-1), "`lr` must be positive. Found lr=-1"),
@@ -585,11 +629,12 @@ def test_the_ways_to_solve_a_problem_agree(tasks):
         assert gap.max() <= 1e-14
 
 
-def test_stopping_early_names_the_rule():
+def test_stopping_early_names_the_rule(monkeypatch):
     from gradsurgery.rules import _complementarity, _solvers
 
     cosines = _solvers.directions(torch.tensor(many(0, 8, 9) @ many(0, 8, 9).T)[None], None).cosines
     with pytest.warns(RuntimeWarning, match="UPGrad stopped after 1 iterations with an error of .* nearly dependent"):
         _complementarity._by_interior_points(cosines, cosines, "UPGrad", 1e-12, iterations=1)
+    monkeypatch.setattr(_solvers, "_NEWTON_STEPS", 1)
     with pytest.warns(RuntimeWarning, match="FairGrad stopped with a relative error of"):
-        gs.operate(torch.tensor([[1e-6, 0], [1e6, 1], [-1e3, 5]], dtype=torch.float64), gs.FairGrad(alpha=30.0))
+        gs.operate(torch.tensor(many(0, 8, 9)), gs.FairGrad(alpha=10.0))

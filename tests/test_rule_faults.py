@@ -18,7 +18,7 @@ from gradsurgery.rules._walk import random_order
 RULES = [
     *(gs.Sum(), gs.Mean(), gs.PCGrad(), gs.GradVac(), gs.GradVac(target=0.5), gs.MGDA(), gs.UPGrad(), gs.DualProj()),
     *(gs.CAGrad(), gs.AlignedMTL(), gs.IMTLG(), gs.ConFIG(), gs.CosineGate(("0",)), gs.AGEM(("1",)), gs.GEM(("1",))),
-    *(gs.SDMGrad(lr=0.3), gs.Krum(selected=2), gs.EqualNorm()),
+    *(gs.SDMGrad(), gs.Krum(selected=2), gs.EqualNorm()),
 ]
 every_rule = pytest.mark.parametrize("rule", RULES, ids=repr)
 
@@ -352,7 +352,7 @@ OBJECTS = [
     (gs.CosineGate(["a"]), "CosineGate(main=('a',), weighted=True)"),
     (gs.AGEM(["a"]), "AGEM(anchors=('a',))"),
     (gs.GEM(["a"]), "GEM(anchors=('a',), margin=0.0)"),
-    (gs.SDMGrad(), "SDMGrad(lam=0.3, lr=10.0, momentum=0.5, iterations=20, weights=None)"),
+    (gs.SDMGrad(), "SDMGrad(lam=0.3, lr=None, momentum=0.5, iterations=20, weights=None)"),
     (gs.MoDo(), "MoDo(lr=0.1, rho=0.1)"),
     (gs.CRMOGM(gs.IMTLG()), "CRMOGM(rule=IMTLG(), alpha=0.9)"),
     (gs.Krum(), "Krum(byzantine=0, selected=1)"),

@@ -116,9 +116,7 @@ SHOWN: dict[str, Picture] = {
         "is that of `PCGrad`.",
     ),
     "MoDo": Plane(gs.MoDo, steps=20, said="After 20 steps that saw the same gradients."),
-    "SDMGrad": Plane(
-        lambda: gs.SDMGrad(lr=0.1), steps=20, said="Here `SDMGrad(lr=0.1)`, after 20 steps that saw the same gradients."
-    ),
+    "SDMGrad": Plane(gs.SDMGrad, steps=20, said="After 20 steps that saw the same gradients."),
     "Krum": Plane(lambda: gs.Krum(byzantine=1, selected=2), scenes=CROWDS, said="Here `Krum(byzantine=1, selected=2)`."),
     "TrimmedMean": Plane(gs.TrimmedMean, scenes=CROWDS),
     "Adversary": Plane(lambda: gs.Adversary("1"), said="Task 2 is the adversary.", names=("", "adversary")),

@@ -42,9 +42,11 @@ class CAGrad(Rule):
 
     Note:
         The authors' code divides the result by ``1 + c^2``; the paper does not, and neither do we. They leave the problem
-        to a general solver. We look for the gain ``m = min_i <g_i, d>`` by Newton steps: the nearest ``d`` to ``g_0`` with
-        ``<g_i, d> >= m`` is further away the larger ``m`` is, in a convex way. Where ``g_w`` is zero its direction is not
-        defined: each gradient gets a common part, of 1e-5 of its length. TorchJD returns zero there.
+        to a general solver, and so does TorchJD: within 1e-8 of the best objective, which is up to 1e-4 of the result's
+        length away from the solution. Ours is less than 1e-8 away. We look for the gain ``m = min_i <g_i, d>`` by Newton
+        steps: the nearest ``d`` to ``g_0`` with ``<g_i, d> >= m`` is further away the larger ``m`` is, in a convex way.
+        Where ``g_w`` is zero its direction is not defined: each gradient gets a common part, of 1e-5 of its length. TorchJD
+        returns zero there, and where ``g_w`` is short (``norm_eps``).
     """
 
     scale_equivariant: ClassVar[bool] = True

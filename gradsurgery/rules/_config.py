@@ -39,7 +39,8 @@ class ConFIG(Rule):
 
     Note:
         Zero gradients take no part. Of gradients that depend on each other, directions whose squared length is below 5e-7
-        of the longest count as none: Gram matrices may be from products in float32. Where the gradients cancel, such as two
+        of the longest count as none: Gram matrices may be from products in float32. TorchJD's are as
+        exact as its dtype, and so is what it makes of them. Where the gradients cancel, such as two
         opposite ones, there is no such direction, and the result is zero.
     """
 

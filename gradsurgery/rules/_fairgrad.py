@@ -37,11 +37,11 @@ class FairGrad(Rule):
         Algorithm 1.
 
     Note:
-        The paper gives the equations to a general least-squares solver with bounds; we take Newton steps. At a
-        Pareto-stationary point there is no solution, and ours is that of ``G + 1e-6 I`` for unit gradients. A zero
-        gradient takes no part. The combined gradient does not grow in proportion to the tasks' gradients, as the equations
-        say; and where their lengths differ by more than some eight orders of magnitude (``alpha != 1``), it warns that the
-        solver stopped early.
+        The paper gives the equations to a general least-squares solver with bounds, and so does TorchJD, which starts at
+        equal weights: for gradients shorter than 1e-3, or of very different lengths, it stops far from the solution. We
+        take Newton steps, of which a dozen will do whatever the lengths. At a Pareto-stationary point there is no solution,
+        and ours is that of ``G + 1e-6 I`` for unit gradients. A zero gradient takes no part. The combined gradient does not
+        grow in proportion to the tasks' gradients, as the equations say.
     """
 
     alpha: float = 1.0

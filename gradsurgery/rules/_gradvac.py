@@ -58,7 +58,8 @@ class GradVac(Rule):
     Note:
         When it fires, ``||g'_i||`` grows by ``sqrt(1 - phi^2) / sqrt(1 - t^2)``, which has no limit as the target
         approaches 1: after many steps with nearly identical gradients, one small change would make an enormous step. We
-        stop on the way to the target where ``||g'_i||`` reaches ``max_growth`` times ``||g_i||``. Pairs with a zero
+        stop on the way to the target where ``||g'_i||`` reaches ``max_growth`` times ``||g_i||``. TorchJD does not, and its
+        ``beta`` is 0.5, where the paper's is 1e-2. Pairs with a zero
         gradient, and a ``g'_i`` that a projection has cancelled, have no cosine: nothing happens, and their target stays.
         Targets above ``1 - 1e-6`` count as that: angles below 1e-3 are rounding, in a Gram matrix from float32 products.
     """

@@ -28,7 +28,8 @@ class SDMGrad(Rule):
 
     Args:
         lam: how strongly the average draws, at least 0. 0 is MGDA.
-        lr: learning rate of ``w``.
+        lr: learning rate of ``w``. None: the inverse of the largest absolute row sum of that matrix, with which the steps
+            converge where gradients stay the same.
         momentum: of the steps, in [0, 1).
         iterations: steps on ``w`` in each step of training.
         weights: preferences ``a`` by task, in proportion to which gradients are averaged; 1 for tasks that are not named.
@@ -51,12 +52,16 @@ class SDMGrad(Rule):
     Note:
         The paper's gradient of the objective is from two independent batches, ``J_1 J_2^T``, so that it is unbiased; ours
         is from the one batch of the step, as in most uses of MGDA.
+
+        The authors' code has ``lr=10``, and so do LibMTL and TorchJD (which adds 1e-8 to the square that it divides by).
+        That is several times what such steps bear: ``w`` jumps between corners of the simplex, on the same gradients too,
+        and what is rounding in one step decides the next.
     """
 
     scale_equivariant: ClassVar[bool] = True
 
     lam: float = 0.3
-    lr: float = 10.0
+    lr: float | None = None
     momentum: float = 0.5
     iterations: int = 20
     weights: Weights | None = None
@@ -64,8 +69,8 @@ class SDMGrad(Rule):
     def __post_init__(self) -> None:
         if not 0 <= self.lam < float("inf"):
             raise ValueError(f"`lam` must be at least 0. Found lam={self.lam!r}.")
-        if not 0 < self.lr < float("inf"):
-            raise ValueError(f"`lr` must be positive. Found lr={self.lr!r}.")
+        if self.lr is not None and not 0 < self.lr < float("inf"):
+            raise ValueError(f"`lr` must be positive, or None. Found lr={self.lr!r}.")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"`momentum` must be in [0, 1). Found momentum={self.momentum!r}.")
         if not self.iterations >= 1:
@@ -93,9 +98,11 @@ class SDMGrad(Rule):
         norm = torch.where(norm > 0, norm, 1.0)[:, None, None]
         matrix = matrix / norm / norm
         w, total = conditional(state["w"].to(matrix.dtype), here)
+        # The largest row sum is at least the largest eigenvalue, of which the inverse is small enough.
+        lr = self.lr or 1 / matrix.abs().sum(-1).amax(-1, keepdim=True).clamp_min(1e-30)
         velocity = torch.zeros_like(w)
         for _ in range(self.iterations):
             velocity = self.momentum * velocity + (matrix @ (w + self.lam * average)[..., None]).squeeze(-1)
-            w = projected(w - self.lr * velocity, here)
+            w = projected(w - lr * velocity, here)
         kept = torch.where(here, (w * total).to(state["w"]), state["w"])
         return diagonal((w + self.lam * average) / (1 + self.lam), gram, active), {**state, "w": kept}

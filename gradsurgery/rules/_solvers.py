@@ -17,7 +17,7 @@ from torch import Tensor
 ENUMERATED = 5  # with so many tasks at most, all 2^K supports of a solution are tried at once
 # Gram matrices may be from products in float32, whose rounding looks like directions of this squared length.
 ROUNDING = 4 * torch.finfo(torch.float32).eps
-_NEWTON_STEPS = 40  # a dozen are needed, unless there is no solution
+_WHOLE_STEPS, _NEWTON_STEPS = 20, 50  # a dozen are needed, unless there is no solution
 UNSOLVED = "the gradients are nearly dependent, and the result is less exact"
 
 
@@ -89,11 +89,11 @@ def balanced(cosines: Tensor, target: Tensor, power: float, rule: str) -> Tensor
     # If t is multiplied by e^s, w is by e^(s / (1 + p)): let the largest t be 1.
     shift = target.amax(-1, keepdim=True)
     target = target - shift
-    w, error = _balanced(cosines, target, power, 1e-12)
+    w, error = _balanced(cosines, target, power, 0.0)
     enough = torch.finfo(w.dtype).eps ** 0.5
-    # Where it is what was added to C that makes a solution, it had better not be a huge one.
-    made = 1e-12 * (w ** (1 + power) / target.exp()).amax(-1, keepdim=True)  # the largest part of C w that is not from C
-    failed = ~((error < enough) & (made < 1e-4))
+    # The squared length of what is combined, w^T C w, had better not be the rest of a cancellation.
+    left = (target.exp() * w ** (1 - power)).sum(-1, keepdim=True)
+    failed = ~((error < enough) & (left > 1e-8 * w.amax(-1, keepdim=True).square()))
     if not looks(w):
         w = torch.where(failed, _balanced(cosines, target, power, 1e-6)[0], w)
     elif bool(failed.any()):
@@ -105,48 +105,46 @@ def balanced(cosines: Tensor, target: Tensor, power: float, rule: str) -> Tensor
 
 
 def _balanced(cosines: Tensor, target: Tensor, power: float, ridge: float) -> tuple[Tensor, Tensor]:
-    """``w`` and how far ``C w`` is from ``z = t w^-p`` ``[G, 1]``, by damped Newton steps along the curve of ``(w, z)``.
+    """``w`` and how far ``C w`` is from ``z = t w^-p`` ``[G, 1]``, by Newton steps along the curve of ``(w, z)``.
 
-    A number ``y`` tells where on its curve a task is: at ``y = 0`` the slope ``dz/dw`` is -1; from there on ``w`` grows with
-    ``y``, and before it ``z`` falls with it. So neither leaves its range, whichever of them is tiny; no entry of the Jacobian
-    of ``C w - z`` is large; and as ``p`` goes to zero, which is max-min fairness, this becomes the normal map of a
-    complementarity problem (Robinson 1992), that is linear but for a kink.
+    A number ``y`` tells where on its curve a task is. At ``y = 0`` the slope ``dz/dw`` is -1; beyond, ``w`` grows with
+    ``y``, and before, ``z`` falls with it. So neither leaves its range however small it is, and no entry of the derivative
+    of ``C w - z`` is large. As ``p`` goes to zero, which is max-min fairness, ``C w - z`` becomes the normal map of a
+    complementarity problem (Robinson 1992), linear but for a kink.
     """
     matrix = cosines + ridge * torch.eye(cosines.shape[-1], dtype=cosines.dtype, device=cosines.device)
     size = matrix.abs()
     log_turn = (target + math.log(power)) / (1 + power)
-    turn = log_turn.exp(), (target - power * log_turn).exp()
+    turn_w, turn_z = log_turn.exp(), (target - power * log_turn).exp()
 
     def curve(y: Tensor) -> tuple[Tensor, Tensor]:
-        w, z = turn[0] + y.clamp_min(0), turn[1] - y.clamp_max(0)
+        w, z = turn_w + y.clamp_min(0), turn_z - y.clamp_max(0)
         beyond = y >= 0
-        return (
-            torch.where(beyond, w, ((target - z.log()) / power).exp()),
-            torch.where(beyond, (target - power * w.log()).exp(), z),
-        )
+        on_curve = (target - power * w.log()).exp(), ((target - z.log()) / power).exp()
+        return torch.where(beyond, w, on_curve[1]), torch.where(beyond, on_curve[0], z)
 
-    w = (target / (1 + power)).exp()  # the solution of orthogonal gradients
-    y = torch.where(w >= turn[0], w - turn[0], turn[1] - w)
-    w, z = curve(y)
+    w = (target / (1 + power)).exp()  # the solution for orthogonal gradients
+    y = torch.where(w >= turn_w, w - turn_w, turn_z - w)
     fractions = 0.5 ** torch.arange(8, dtype=w.dtype, device=w.device).reshape(-1, 1, 1)
-    for left in reversed(range(_NEWTON_STEPS + 1)):
-        outside = torch.bmm(matrix, w.unsqueeze(-1)).squeeze(-1) - z
-        unit = torch.bmm(size, w.unsqueeze(-1)).squeeze(-1) + z
-        error = (outside.abs() / unit).amax(-1, keepdim=True)
+    for taken in range(_NEWTON_STEPS + 1):
+        w, z = curve(y)
+        outside = (matrix @ w.unsqueeze(-1)).squeeze(-1) - z
+        error = (outside.abs() / ((size @ w.unsqueeze(-1)).squeeze(-1) + z)).amax(-1, keepdim=True)
         unfinished = error > 512 * torch.finfo(w.dtype).eps
-        if not left or (looks(w) and not bool(unfinished.any())):
+        if taken == _NEWTON_STEPS or (looks(w) and not bool(unfinished.any())):
             break
         beyond, slope = y >= 0, power * z / w
-        jacobian = matrix * torch.where(beyond, 1.0, slope.reciprocal()).unsqueeze(-2)
-        jacobian.diagonal(dim1=-2, dim2=-1).add_(torch.where(beyond, slope, 1.0))
-        step = torch.linalg.solve_ex(jacobian, -outside)[0]
-        # Of the whole step and smaller ones, [8, G, K], the best.
-        tried = y + fractions * step
-        ws, zs = curve(tried)
-        errors = (((matrix @ ws.unsqueeze(-1)).squeeze(-1) - zs) / unit).abs().amax(-1)
-        best = errors.nan_to_num_(torch.inf).argmin(0)[None, :, None].expand(-1, -1, y.shape[-1])
-        usable = unfinished & step.isfinite().all(-1, keepdim=True)  # so that no group depends on how long another takes
-        y, w, z = (torch.where(usable, new.gather(0, best)[0], old) for new, old in ((tried, y), (ws, w), (zs, z)))
+        derivative = matrix * torch.where(beyond, 1.0, slope.reciprocal()).unsqueeze(-2)
+        derivative.diagonal(dim1=-2, dim2=-1).add_(torch.where(beyond, slope, 1.0))
+        step = torch.linalg.solve_ex(derivative, -outside)[0]
+        if taken >= _WHOLE_STEPS:  # they go round in circles, which is rare: from now on, the first fraction that helps
+            ws, zs = curve(y + fractions * step)
+            left = ((((matrix @ ws.unsqueeze(-1)).squeeze(-1) - zs) / z).square().sum(-1)).nan_to_num_(torch.inf)  # [8, G]
+            helps = left <= (1 - 0.1 * fractions[..., 0]) * (outside / z).square().sum(-1)
+            chosen = torch.where(helps.any(0), helps.to(torch.int8).argmax(0), left.argmin(0))
+            step = step * fractions[chosen, 0]
+        # So that no group depends on how long another takes.
+        y = torch.where(unfinished & step.isfinite().all(-1, keepdim=True), y + step, y)
     return w, error
 
 
@@ -156,7 +154,7 @@ def _balanced(cosines: Tensor, target: Tensor, power: float, ridge: float) -> tu
 def least_squares(cosines: Tensor, right: Tensor) -> Tensor:
     """The shortest of the ``x`` ``[G, K]`` for which ``C x`` is nearest to ``b >= 0`` ``[G, K]``.
 
-    Directions that are rounding (:data:`ROUNDING`) count as zero.
+    Directions that are rounding (:data:`ROUNDING`) count as zero, and so does a ``b`` of which no more lies in the others.
     """
     if not looks(cosines):
         return _by_eigenvectors(cosines, right)
@@ -173,6 +171,8 @@ def least_squares(cosines: Tensor, right: Tensor) -> Tensor:
 def _by_eigenvectors(cosines: Tensor, right: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(cosines.nan_to_num(0.0))
     kept = values > ROUNDING * values[:, -1:]
-    parts = torch.where(kept, (vectors.mT @ right[..., None]).squeeze(-1) / torch.where(kept, values, 1.0), 0.0)
-    x: Tensor = vectors @ parts[..., None]
+    along = torch.where(kept, (vectors.mT @ right[..., None]).squeeze(-1), 0.0)
+    # Where all that is left of b is rounding, the solution must not be made of it.
+    left = along.square().sum(-1, keepdim=True) > ROUNDING**2 * right.square().sum(-1, keepdim=True)
+    x: Tensor = vectors @ torch.where(kept & left, along / torch.where(kept, values, 1.0), 0.0)[..., None]
     return x.squeeze(-1)
