@@ -116,7 +116,7 @@ def _by_reflections(cosines: Tensor, linear: Tensor, allowed: Tensor) -> Tensor:
 
 def _reflected(s: Tensor, offset: Tensor, turn: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """``s`` after some iterations of ``s = |s| turn + offset``, and before the last of them."""
-    s, last, size = s.clone(), torch.empty_like(s), torch.empty_like(s)  # once: fresh memory costs as much as the arithmetic
+    s, last, size = s.clone(), torch.empty_like(s), torch.empty_like(s)  # fresh memory costs as much as the arithmetic
     for _ in range(steps):
         last, s = s, torch.baddbmm(offset, torch.abs(s, out=size), turn, out=last)
     return s, last
