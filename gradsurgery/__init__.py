@@ -13,16 +13,22 @@ Wrap the optimizer you have, give it the loss of each task, and a rule operates 
 from . import plots, sources, testing
 from ._checkpoint import TrainingState
 from ._coordinates import CoordinateRule
-from ._gap import GapCurve, GapResult, NegativeTransferGap
-from ._gate import DiscriminatorGate, GateRecord
 from ._operate import operate
 from ._optimizer import SurgeryOptimizer
 from ._recorder import Recorder
 from ._report import report
-from ._reversal import reverse_gradient
 from ._rule import Rule, State
-from ._shadow import GapRecord, Shadow
 from ._step import Step
+from ._transfer import (
+    DiscriminatorGate,
+    GapCurve,
+    GapRecord,
+    GapResult,
+    GateRecord,
+    NegativeTransferGap,
+    Shadow,
+    reverse_gradient,
+)
 from .rules import (
     AGEM,
     CRMOGM,

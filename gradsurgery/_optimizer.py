@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar, overload
 
 import torch
 from torch import nn
 
 from ._compile import is_compiled, left_out, prepare, say, uncompiled
-from ._coordinates import AnyRule, CoordinateRule, parts
+from ._coordinates import AnyRule, CoordinateRule
 from ._features import FeatureSpec
 from ._gradients import TaskGradients
 from ._groups import Groups, GroupSpec, unwrap
 from ._losses import Losses
 from ._mixed import MixedBatch, TaskIds
 from ._ranks import ProcessGroup, ranks_of, source_for
-from ._rule import Rule, State, implements
-from ._state import carried, check_match, loaded
+from ._rule import Rule, State
+from ._settings import check_settings
+from ._snapshot import restore, snapshot
+from ._state import carried
 from ._step import Step
 from ._stream import Streaming
 from ._surgery import Surgery
@@ -136,32 +139,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             raise TypeError("`optimizer` is a SurgeryOptimizer already. To apply several rules, use Chain(rule, rule).")
         if not isinstance(rule, (Rule, CoordinateRule)):
             raise TypeError(f"`rule` must be a gradsurgery rule, such as PCGrad(). Found {rule!r}.")
-        if nonfinite not in ("propagate", "raise", "skip"):
-            raise ValueError(f"`nonfinite` must be 'propagate', 'raise' or 'skip'. Found {nonfinite!r}.")
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"`every` must be a number of steps, at least 1. Found {every!r}.")
-        if nonfinite != "propagate" and every > 1:
-            raise ValueError(
-                f"nonfinite={nonfinite!r} needs every=1: a step that reuses a mixing has no gradients of single tasks."
-            )
-        own, coordinates = parts(rule)
-        if coordinates is not None and (every > 1 or not measure):
-            setting = f"every={every}" if every > 1 else "measure=False"
-            raise ValueError(f"{setting} needs weights of tasks, and there are none for {coordinates}. Leave it out.")
-        if not measure:
-            if moments := [moment for moment in ("mix", "observe") if implements(own, moment)]:
-                raise ValueError(
-                    f"measure=False is for rules that only weigh losses, or do nothing. {rule} needs each task's gradient, "
-                    f"in {' and '.join(moments)}()."
-                )
-            if nonfinite != "propagate" or every > 1:
-                setting = f"nonfinite={nonfinite!r}" if nonfinite != "propagate" else f"every={every}"
-                raise ValueError(f"{setting} is about gradients of single tasks, which measure=False does not compute.")
-        if nonfinite != "propagate" and source == "batched":
-            raise ValueError(
-                f"nonfinite={nonfinite!r} needs source='autograd': in a vectorised pass, one task's inf or nan reaches the "
-                "gradients of all others."
-            )
+        check_settings(rule, nonfinite=nonfinite, every=every, measure=measure, source=source)
         prepare()
         self.optimizer = optimizer
         self._compiled = model is not None and is_compiled(model)
@@ -180,6 +158,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             every=every,
             measure=measure,
         )
+        coordinates = self._surgery.coordinates
         if coordinates is not None and self.ranks > 1 and (coordinates.random or reduce == "result"):
             why = "its random numbers would be others on each" if coordinates.random else "reduce='result' has only sums"
             raise ValueError(f"{coordinates} cannot be used in {self.ranks} processes: {why}.")
@@ -515,14 +494,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
 
     def surgery_state(self) -> dict[str, Any]:
         """The part of :meth:`state_dict` that is not the inner optimizer's."""
-        return {
-            **self._identity(),
-            "state": self._surgery.state,
-            "generator": self._surgery.generator.get_state(),
-            "skipped": dict(self.skipped),
-            "reuse": self._surgery.reuse.state_dict(),
-            **({"order": list(self._surgery.ranks.order)} if self.ranks > 1 and self._surgery.ranks.order else {}),
-        }
+        return snapshot(self._surgery)
 
     def load_surgery(self, saved: dict[str, Any], *, inner: dict[str, Any] | None = None) -> None:
         """Continues from what :meth:`surgery_state` returned, with the inner optimizer's state where that is given.
@@ -530,22 +502,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: if it is of another rule, other tasks or other groups.
         """
-        check_match(saved, self._identity())
-        surgery = self._surgery
-        tasks = self.tasks if saved["tasks"] is None else tuple(saved["tasks"])
-        state = None if tasks is None else surgery.fresh_state(tasks)
-        if state is not None and saved["tasks"] is not None:  # a checkpoint from before the first step has no tasks
-            state = loaded(saved["state"], state)
-        if inner is not None:
-            self.optimizer.load_state_dict(inner)
-        if tasks is not None and state is not None:
-            surgery.set_tasks(tasks)
-            surgery.state = state
-        surgery.generator.set_state(saved["generator"].cpu())
-        surgery.skipped = dict(saved["skipped"])
-        surgery.reuse.load_state_dict(saved.get("reuse", {}), surgery.gradients)
-        surgery.ranks.renew()
-        surgery.ranks.order = tuple(saved.get("order", ()))
+        restore(self._surgery, saved, None if inner is None else partial(self.optimizer.load_state_dict, inner))
 
     def __getstate__(self) -> dict[str, Any]:
         # `step` may be a scheduler's wrapper that is bound to this very object.
@@ -567,10 +524,3 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             *f"optimizer: {self.optimizer!r}".split("\n"),
         ]
         return "SurgeryOptimizer(\n  " + "\n  ".join(lines) + "\n)"
-
-    def _identity(self) -> dict[str, Any]:
-        return {
-            "rule": repr(self.rule),
-            "tasks": None if self.tasks is None else list(self.tasks),
-            "groups": {group: list(names) for group, names in self.groups.items()},
-        }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -54,47 +54,6 @@ def carried(old: State, old_groups: Sequence[str], new: State, new_groups: Seque
         return old
 
     return zip_states(carry, new, old)
-
-
-def check_match(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Compares what a checkpoint says of the rule, the tasks and the groups with what this optimizer has.
-
-    Raises:
-        ValueError: naming what differs.
-    """
-    if saved["rule"] != current["rule"]:
-        raise ValueError(
-            f"The checkpoint's rule is {saved['rule']}, this optimizer's is {current['rule']}. Make the optimizer with the "
-            "checkpoint's rule; or load only the inner optimizer, opt.optimizer.load_state_dict(...), and let the rule "
-            "start afresh."
-        )
-    if None not in (saved["tasks"], current["tasks"]) and saved["tasks"] != current["tasks"]:
-        raise ValueError(
-            f"The checkpoint's tasks are not this optimizer's{_difference(saved['tasks'], current['tasks'])}. "
-            f"The checkpoint has {saved['tasks']}, this optimizer has {current['tasks']}."
-        )
-    if saved["groups"] != current["groups"]:
-        where = _difference(list(saved["groups"]), list(current["groups"]))
-        both = [name for name in saved["groups"] if name in current["groups"]]
-        moved = [name for name in both if saved["groups"][name] != current["groups"][name]]
-        if moved and not where:
-            where = f": {', '.join(map(repr, moved))} hold other parameters"
-        raise ValueError(
-            f"The checkpoint's surgery groups are not this optimizer's{where}. Use the same model and the same `groups`."
-        )
-
-
-def _difference(saved: Sequence[str], current: Sequence[str]) -> str:
-    gone = [repr(name) for name in saved if name not in current]
-    added = [repr(name) for name in current if name not in saved]
-    parts = []
-    if gone:
-        parts.append(f"only the checkpoint has {', '.join(gone)}")
-    if added:
-        parts.append(f"only this optimizer has {', '.join(added)}")
-    if not parts and saved != current:
-        parts.append("they are in another order")
-    return ": " + "; ".join(parts) if parts else ""
 
 
 def loaded(saved: State, fresh: State) -> State:

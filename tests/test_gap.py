@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import gradsurgery as gs
+from gradsurgery._transfer import gap
 
 FINITE = st.floats(-1e3, 1e3)
 
@@ -273,7 +274,7 @@ def test_keys_are_of_data_code_and_arguments(light, tmp_path):
     module, folder = light
     key = lambda algorithm, source, target: gs.NegativeTransferGap(  # noqa: E731
         algorithm, seeds=[0], cache=tmp_path
-    )._key(gs._gap._Run("", source, target, 0))
+    )._key(gap._Run("", source, target, 0))
     data = (torch.randn(50, 3), torch.arange(50))
     copied = tuple(tensor.clone() for tensor in data)
     changed = (data[0] + 0.0, data[1].roll(1))

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import gradsurgery as gs
-from gradsurgery._gate import TERMS
+from gradsurgery._transfer.gate import TERMS
 
 FEATURES, CLASSES = 4, 3
 

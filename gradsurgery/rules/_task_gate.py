@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .._gate import DiscriminatorGate
 from .._rule import Rule, State
+from .._transfer import DiscriminatorGate
 from ._weighing import who_is_there
 from ._weights import check_names
 

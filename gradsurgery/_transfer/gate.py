@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._mixed import MixedBatch, TaskIds
+from .._mixed import MixedBatch, TaskIds
 
 Labelled: TypeAlias = tuple[Tensor, Tensor]
 """Features ``[B, d]`` and labels ``[B]``."""

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._bench.progress import progress
+from .._bench.progress import progress
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -121,7 +121,7 @@ class GapCurve:
             ax: where to draw; None for new axes.
             label: of the line.
         """
-        from .plots import _axes, _finish
+        from ..plots import _axes, _finish
 
         ax = _axes(ax, width=5.0, height=3.6)
         bounds = np.array([result.interval for result in self.results])

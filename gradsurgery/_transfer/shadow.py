@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ._optimizer import SurgeryOptimizer
+from .._optimizer import SurgeryOptimizer
 
 
 class GapRecord(NamedTuple):
