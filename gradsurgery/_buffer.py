@@ -75,12 +75,12 @@ class Rows:
         A sparse gradient makes the combined one sparse too, unless it is ``dense`` by rights.
         """
         self._dense = self._dense or dense
-        self._products = None
+        self._products = self._sparse = None
         old = self.of.get(task)
         if old is None:
             self.of[task] = self._placed(task, gradient)
         elif self._owned and task in self._inside:
-            old.add_(gradient)
+            add_in_place(old, gradient)
         else:
             self.of[task] = gradient + old if old.is_sparse else old + gradient
             self._inside.discard(task)
@@ -102,7 +102,7 @@ class Rows:
 
         The block may be kept. It is not modified, unless it is ``owned``: nobody else's.
         """
-        self._products = None
+        self._products = self._sparse = None
         if self.tasks:
             inside = self._owned and self._block is not None and self._inside == set(tasks) and self._layout == tuple(tasks)
             if inside and self._block is not None:
@@ -253,6 +253,13 @@ class Rows:
     def device(self) -> torch.device:
         """Where the rows are."""
         return self._any.device
+
+
+def add_in_place(tensor: Tensor, gradient: Tensor) -> None:
+    """Adds a gradient, which may be sparse, to a tensor, which may be a view."""
+    # PyTorch (2.13, say) adds an entry that is a single number to a dense view at twice the view's offset: elsewhere.
+    elsewhere = gradient.is_sparse and not tensor.is_sparse and not gradient.dense_dim()
+    tensor.add_(gradient.to_dense() if elsewhere else gradient)
 
 
 class Sparse:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ._arena import Arena
-from ._buffer import Rows
+from ._buffer import Rows, add_in_place
 from ._groups import Groups, GroupSpec, partition, some
 from ._plan import Plan
 
@@ -106,7 +106,7 @@ class TaskGradients:
         elif parameter.grad.is_sparse and not combined.is_sparse:
             parameter.grad = combined + parameter.grad
         else:
-            parameter.grad.add_(combined)
+            add_in_place(parameter.grad, combined)
 
     def clear(self) -> None:
         """Frees all rows."""

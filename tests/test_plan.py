@@ -176,6 +176,15 @@ def test_combined_gradients_are_added_to_what_is_there(there, combined):
     assert torch.equal(parameter.grad.to_dense(), new if there == "none" else old + new)
 
 
+@pytest.mark.parametrize("dims", [1, 2])
+def test_a_gradient_that_is_a_view_is_added_to_where_it_is(dims):
+    found, whole = gradients((3, 2)), torch.zeros(24)
+    (parameter,) = found.parameters
+    parameter.grad = whole[6:12].view(3, 2)  # as in the buckets of DistributedDataParallel
+    found.accumulate(0, torch.ones(3, 2).to_sparse(dims))
+    assert whole.tolist() == [0] * 6 + [1] * 6 + [0] * 12
+
+
 def test_rows_of_other_steps_are_forgotten():
     found = gradients(2, 3)
     found.rows[0].add(1, torch.ones(2))
