@@ -107,8 +107,8 @@ def measured(ranks: int, width: int, model: str) -> tuple[Traffic, Traffic]:
         for worker in workers:
             worker.start()
         try:
-            if not ours.poll(120):
-                raise RuntimeError("The processes did not answer within two minutes.")
+            if not ours.poll(300):
+                raise RuntimeError("The processes did not answer within five minutes.")
             found: tuple[Traffic, Traffic] = ours.recv()
         finally:
             for worker in workers:

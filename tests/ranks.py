@@ -29,7 +29,7 @@ def _serve(rank, pipe, path):
         job = pipe.recv()
         if job is None:
             return
-        function, arguments, size, store = job
+        function, arguments, size, store, dying = job
         try:
             torch.manual_seed(0)
             dist.init_process_group(
@@ -42,10 +42,16 @@ def _serve(rank, pipe, path):
             answer = "done", function(rank, *arguments)
         except BaseException:
             answer = "failed", traceback.format_exc()
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
+        if dying or answer[0] == "failed":
+            _leave(dist)  # as a process does that ends: nobody is to wait for it
         pipe.send(answer)
+        pipe.recv()  # all have answered: the others may have been reading what this one sent last
+        _leave(dist)
+
+
+def _leave(dist):
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class Ranks:
@@ -64,7 +70,7 @@ class Ranks:
         self._start()
         with tempfile.TemporaryDirectory() as folder:
             for _, pipe in self._workers[:count]:
-                pipe.send((function, arguments, count, os.path.join(folder, "store")))
+                pipe.send((function, arguments, count, os.path.join(folder, "store"), bool(dying)))
             deadline = time.monotonic() + TIMEOUT
             results, failures = [], []
             for rank, (worker, pipe) in enumerate(self._workers[:count]):
@@ -74,6 +80,8 @@ class Ranks:
                 results.append(value if kind == "done" else None)
         if dying or any(" failed\n" not in failure for failure in failures):
             self.stop()
+        for _, pipe in self._workers[:count]:
+            pipe.send("all have answered")
         assert not failures, "\n".join(failures)
         return results
 
