@@ -18,7 +18,7 @@ import torch
 import gradsurgery as gs
 from examples.two_dimensional import report
 from examples.two_dimensional.__main__ import main
-from examples.two_dimensional.problem import STARTS, by_hand, distances, losses, pareto_set
+from examples.two_dimensional.problem import STARTS, by_hand, distances, losses, pareto_set, valleys
 from examples.two_dimensional.run import TASKS, Path2D, attempt, batched, rules, run
 
 FIRST, SECOND, THIRD = (-8.5, 7.5), (-8.5, -5.0), (9.0, 9.0)
@@ -140,6 +140,13 @@ def test_pareto_set():
         cosine = (g1[0] * g2[0] + g1[1] * g2[1]) / math.hypot(*g1) / math.hypot(*g2)
         assert cosine < -1 + 1e-6
     assert distances([(0.0, 0.0)], curve)[0] == pytest.approx(8.355, abs=0.01)
+
+
+def test_valleys_are_where_a_loss_is_least():
+    for task, valley in enumerate(valleys(5)[:, 1:]):
+        for x1, x2 in valley:
+            bottom, *beside = (by_hand(x1 + d, x2)[0][task] for d in (0, -1e-3, 1e-3))
+            assert bottom < min(beside) - 3
 
 
 def test_example_runs(tmp_path, capsys):

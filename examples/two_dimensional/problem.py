@@ -71,6 +71,12 @@ def pareto_set(count: int = 201) -> NDArray[np.float64]:
     return np.stack(found)
 
 
+def valleys(count: int = 101, top: float = 11.0) -> NDArray[np.float64]:
+    """``[2, count, 2]``: the bottoms of ``f1`` and ``f2`` above, where the arguments of their logarithms are zero."""
+    x2 = np.linspace(0, top, count)
+    return np.stack([np.stack([side * (7 - 2 * np.tanh(x2)), x2], -1) for side in (-1, 1)])
+
+
 def distances(points: Sequence[Pair] | NDArray[np.float64], curve: NDArray[np.float64]) -> NDArray[np.float64]:
     """From each of ``n`` points to a curve given by many of its points, ``[n]``."""
     apart = np.asarray(points)[:, None] - curve[None]

@@ -13,14 +13,14 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from .problem import STARTS, distances, losses, pareto_set
+from .problem import STARTS, distances, losses, pareto_set, valleys
 from .run import Path2D
 
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap
 from matplotlib.lines import Line2D
 
 NEAR = 0.1  # an end is at the Pareto set if it is nearer than this
@@ -71,12 +71,15 @@ def picture(paths: Paths, file: Path) -> None:
     )
     x1, x2 = torch.meshgrid(*[torch.linspace(-11, 11, 221, dtype=torch.float64)] * 2, indexing="xy")
     mean = sum(losses(x1, x2)) / 2
+    levels = np.quantile(mean, np.linspace(0, 1, 17))  # of equal areas, or the valleys could not be seen beside the bowls
     curve = pareto_set()
     for ax in axes.flat[len(paths) :]:
         ax.set_axis_off()
     for ax, (name, own) in zip(axes.flat, paths.items(), strict=False):
-        ax.contourf(x1, x2, mean, levels=12, cmap=GROUND)
+        ax.contourf(x1, x2, mean, levels=levels, cmap=GROUND, norm=BoundaryNorm(levels, GROUND.N))
         ax.plot(*curve.T, color=SET, linewidth=3.5, alpha=0.55, solid_capstyle="round")
+        for valley in valleys():
+            ax.plot(*valley.T, ":", color=SET, linewidth=1, alpha=0.5)
         near = reached(own, curve)
         for path, there, color in zip(own, near, COLORS, strict=True):
             _draw(ax, path, bool(there), color)
@@ -87,6 +90,7 @@ def picture(paths: Paths, file: Path) -> None:
     axes.flat[len(paths)].legend(
         handles=[
             Line2D([], [], color=SET, alpha=0.55, linewidth=3.5, label="Pareto set"),
+            Line2D([], [], color=SET, alpha=0.5, linewidth=1, linestyle=":", label="valley of a loss"),
             Line2D([], [], color="0.4", marker="o", linestyle="", markersize=5, label="start"),
             Line2D(
                 [],
