@@ -4,6 +4,7 @@ import json
 import struct
 import tarfile
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -251,6 +252,14 @@ def test_a_run_that_begins_again_is_the_same(splits):
     assert runs[0].f1 == runs[1].f1
     assert first.result.training == runs[0].training[:1]
     assert run_of(splits, tagging.BEST, seed=1).run().training != runs[0].training
+
+
+def test_the_first_layers_are_kept(splits):
+    its = tagging.Job(JOINT, TASKS, 0, replace(SETTINGS, layers=1))
+    run = tagging.Run(its, splits, pretrained())
+    assert [name for name in run.optimizer.groups if "layer" in name] == ["encoder.encoder.layer.0"]
+    assert all(torch.equal(*pair) for pair in zip(run.model.encoder.encoder.layer[0].parameters(),
+               pretrained()[0].encoder.layer[0].parameters(), strict=True))  # fmt: skip
 
 
 def test_scores_are_of_words(splits, monkeypatch):

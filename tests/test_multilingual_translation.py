@@ -543,7 +543,7 @@ def test_times_are_measured(corpus, cache, monkeypatch):
 def test_an_error_waits_for_no_more_runs(monkeypatch, tmp_path, cache):
     begun, first = [], threading.Event()
 
-    def one(run, *_):
+    def one(run, **_):
         begun.append(run)
         if len(begun) == 1:
             first.wait(10)

@@ -60,7 +60,7 @@ class Costs:
         """In Markdown: medians, and medians of ratios with their quartiles."""
         lines = [
             f"{self.tasks} directions, {self.parameters / 1e6:.1f}M parameters, {self.batch} sentences in a step, "
-            f"{self.threads} threads, {len(self.seconds[PLAIN])} batches. Targets, for GradVac: at most "
+            f"threads: {self.threads}, {len(self.seconds[PLAIN])} batches. Targets, for GradVac: at most "
             f"{TARGETS['time']}× the time and {TARGETS['memory']}× the memory.",
             "",
             "| | step | in plain steps (quartiles) | peak memory | in plain peaks |",

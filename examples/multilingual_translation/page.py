@@ -73,7 +73,7 @@ def picture(draw: Callable[[Axes], object], size: tuple[float, float], salt: str
         draw(figure.subplots())
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor").replace("'DejaVu Sans', ", "")
+    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
     return re.sub(r' id="(figure|axes|patch|matplotlib|xtick|ytick|text|line2d|legend)[\w.]*"', "", svg)
 
 
@@ -90,8 +90,8 @@ def write(sections: Sequence[Section], commands: Sequence[str], results: Sequenc
     facts = {
         "Settings": {", ".join(f"{k}={v}" for k, v in result.job["settings"].items()) for result in results},
         "Texts, by fingerprint": {f"{_texts(result)}: {result.corpus}" for result in results},
-        "Metrics": {f"{name}: {text}" for result in results for name, text in result.signatures.items()},
-        "Versions": {f"{name} {version}" for result in results for name, version in result.versions.items()},
+        "Metrics": {f"{name.partition(' ')[0]}: {text}" for result in results for name, text in result.signatures.items()},
+        "Versions": {", ".join(sorted(f"{name} {version}" for name, version in it.versions.items())) for it in results},
     }
     seeds = ", ".join(map(str, sorted({result.job["seed"] for result in results})))
     steps = sorted({result.job["settings"]["steps"] for result in results})

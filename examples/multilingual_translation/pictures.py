@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 
@@ -18,8 +19,8 @@ _WIDE = (7.5, 3.8)
 
 
 def of_geometry(name: str, recorder: gs.Recorder) -> list[tuple[str, str]]:
-    """Heat maps of both halves (Figures 6.2, 6.5 and 6.6) and of their difference (6.4 a), and similarities over the
-    checkpoints, by layer (6.4 b) and of two pairs of tasks (6.4 c); each with what it shows."""
+    """Heat maps of both halves (Figures 6.2, 6.5 and 6.6), similarities over the checkpoints, by layer (6.4 b) and of two
+    pairs of tasks (6.4 c), and a heat map of the difference of the halves (6.4 a); each with what it shows."""
     size = (2.2 + 0.32 * len(recorder.tasks), 1.8 + 0.3 * len(recorder.tasks))
     families = {task: FAMILY[other(task)] for task in recorder.tasks}
     found = []
@@ -30,8 +31,6 @@ def of_geometry(name: str, recorder: gs.Recorder) -> list[tuple[str, str]]:
             ax.set_title(part)
 
         found.append((_said(recorder, part), picture(heatmap, size, f"{name} {part}")))
-    said = "Encoder minus decoder: where blue, gradients are more similar in the encoder (Figure 6.4 a)."
-    found.append((said, picture(lambda ax: _difference(recorder, ax), size, f"{name} difference")))
     layers = study.layers_of(recorder)
 
     def by_layer(ax: Axes) -> None:
@@ -46,6 +45,8 @@ def of_geometry(name: str, recorder: gs.Recorder) -> list[tuple[str, str]]:
 
         found.append(("A pair of one family and a pair of two, in the first blocks (Figure 6.4 c).",
                       picture(of_pairs, _WIDE, f"{name} pairs")))  # fmt: skip
+    said = "Encoder minus decoder: where blue, gradients are more similar in the encoder (Figure 6.4 a)."
+    found.append((said, picture(lambda ax: _difference(recorder, ax), size, f"{name} difference")))
     return found
 
 
@@ -63,7 +64,8 @@ def _difference(recorder: gs.Recorder, ax: Axes) -> None:
     one, two = (study.similarities(recorder, groups) for groups in study.PARTS.values())
     values = one - two
     limit = max(float(np.nanmax(np.abs(values), initial=0.0)), 1e-3)
-    image = ax.imshow(values, cmap="RdBu", vmin=-limit, vmax=limit)
+    colours = matplotlib.colormaps["RdBu"].with_extremes(bad="0.93")
+    image = ax.imshow(values, cmap=colours, vmin=-limit, vmax=limit)
     names = recorder.tasks
     ax.figure.colorbar(image, ax=ax, fraction=0.046, pad=0.04).outline.set_visible(False)
     ax.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")

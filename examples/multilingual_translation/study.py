@@ -173,7 +173,7 @@ def permutation_test(
 def table(recordings: Mapping[str, gs.Recorder], *, times: int = 9999) -> str:
     """For each model, direction and half of it: mean similarity, conflicts, and what families explain; in Markdown."""
     lines = [
-        "| model | tasks | part | mean cosine | pairs in conflict | within minus between families | correlation | p |",
+        "| model | tasks | part | mean cosine | in conflict | within − between | correlation | p |",
         "|---|---|---|--:|--:|--:|--:|--:|",
     ]
     for name, recorder in recordings.items():

@@ -10,7 +10,7 @@ STYLE = """
 body { margin: 0; background: var(--paper); color: var(--ink); }
 body { font: 16px/1.6 system-ui, -apple-system, "Segoe UI", sans-serif; }
 main { max-width: 72rem; margin: 0 auto; padding: 3rem 1.5rem 5rem; }
-p, h1, pre { max-width: 46rem; } p { margin: .8rem 0; } a { color: var(--accent); }
+p, pre { max-width: 46rem; } p { margin: .8rem 0; } a { color: var(--accent); }
 h1 { font-size: 2.1rem; line-height: 1.2; letter-spacing: -.02em; margin: 0 0 .6rem; }
 h2 { font-size: 1.45rem; letter-spacing: -.01em; margin: 3.5rem 0 .6rem; padding-top: 1rem; }
 h2 { border-top: 1px solid var(--line); }
@@ -33,7 +33,7 @@ th:first-child, td:first-child { padding-left: 0; position: sticky; left: 0; bac
 tbody tr:hover td { background: var(--card); } .none { font-size: .85em; font-style: italic; }
 .album { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(30rem, 100%), 1fr)); gap: 2rem; }
 .album { margin: 1.2rem 0; }
-figure { margin: 0; } figure svg { width: 100%; height: auto; font-family: inherit; }
+figure { margin: 0; } figure svg { width: 100%; height: auto; overflow: visible; }
 figcaption { font-size: .87rem; color: var(--soft); max-width: 46rem; margin-top: .4rem; }
 details { border-top: 1px solid var(--line); padding: .7rem 0; }
 summary { cursor: pointer; font-weight: 600; } summary:hover { color: var(--accent); }

@@ -37,7 +37,8 @@ are means over languages; few pairs are those with less than half as many as the
     "study": """\
 Are the gradients of related languages more alike? They are taken at checkpoints of plain joint training, on held-out
 sentences that all languages have. Whether a family’s languages agree more than others is tested by permuting the
-languages (a Mantel test, one-sided). A family is also a script, and loan words; this cannot tell them apart.""",
+languages (a Mantel test, one-sided): within − between is the difference of mean similarities, and correlation that of
+similarity with being of one family. A family is also a script, and loan words; this cannot tell them apart.""",
     "trilingual": """\
 Does a language do better in the company of one whose gradients are like its own? The first language is trained with each
 other one in turn, in equal shares.""",

@@ -95,7 +95,7 @@ def change(results: Results, method: str, tasks: Sequence[str], score: Score | N
 
 
 def _best(results: Results, methods: Sequence[str], tasks: Sequence[str], score: Score, digits: int) -> list[float]:
-    """The best mean of each column among the multilingual methods; nan where there is one method only."""
+    """The best mean of each column among the multilingual methods; nan where all are the same."""
     top = min if score is SCORES[LOSS] else max
     columns: list[list[float]] = [[] for _ in (*tasks, "average")]
     for method in methods:
@@ -104,7 +104,7 @@ def _best(results: Results, methods: Sequence[str], tasks: Sequence[str], score:
             means = [statistics.fmean(score(one)[task] for one in found) for task in tasks]
             for column, value in zip(columns, (*means, statistics.fmean(means)), strict=True):
                 column.append(round(value, digits))
-    return [top(column) if len(column) > 1 else float("nan") for column in columns]
+    return [top(column) if len(set(column)) > 1 else float("nan") for column in columns]
 
 
 def table_65(results: Results, scale: Scale, corpus: Corpus | None) -> str:

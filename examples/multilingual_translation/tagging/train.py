@@ -20,6 +20,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
+from transformers import BertModel
 
 import gradsurgery as gs
 
@@ -47,6 +48,7 @@ class Settings:
     Attributes:
         steps: optimizer steps.
         batch: sentences in a step, of all tasks together.
+        layers: of the encoder that are used, from the first on.
         rate: the highest learning rate of AdamW; it rises for a tenth of the steps, and falls to zero.
         decay: of weights.
         temperature: ``T`` of the sampling.
@@ -55,13 +57,14 @@ class Settings:
         record: cosines and operations are recorded at each so many steps.
     """
 
-    steps: int = 400
-    batch: int = 32
+    steps: int = 200
+    batch: int = 16
+    layers: int = 6
     rate: float = 2e-4
     decay: float = 0.01
     temperature: float = 5.0
     train: int = 4000
-    evaluated: int = 500
+    evaluated: int = 300
     record: int = 5
 
     def rate_at(self, step: int) -> float:
@@ -73,10 +76,10 @@ class Settings:
 SETTINGS = {
     "quick": Settings(steps=3, batch=10, train=100, evaluated=5, record=1),
     "tiny": Settings(),
-    "small": Settings(steps=4000, train=100_000, evaluated=100_000, record=20),
-    "big": Settings(steps=10_000, train=100_000, evaluated=100_000, record=50),
+    "small": Settings(steps=4000, batch=32, layers=12, train=100_000, evaluated=100_000, record=20),
+    "big": Settings(steps=10_000, batch=32, layers=12, train=100_000, evaluated=100_000, record=50),
 }
-"""By the names of the sizes of translation. The encoder is the same in all."""
+"""By the names of the sizes of translation. The encoder has twelve layers."""
 
 
 @dataclass(frozen=True)
@@ -175,12 +178,13 @@ class Run:
     """
 
     def __init__(
-        self, job: Job, splits: Mapping[str, Split], pretrained: tuple[torch.nn.Module, Pieces], device: str = "cpu"
+        self, job: Job, splits: Mapping[str, Split], pretrained: tuple[BertModel, Pieces], device: str = "cpu"
     ) -> None:
         self.job, self.device = job, device
         self.splits = {task: splits[task] for task in job.tasks}
         body, self.pieces = pretrained
         words = {word for split in splits.values() for its in split.values() for one in its for word in one.words}
+        body.encoder.layer = body.encoder.layer[: job.settings.layers]
         torch.manual_seed(job.seed)
         self.model = Tagger(body, {i for word in words for i in self.pieces(word)}, len(TAGS)).to(device)
         method = METHODS[job.method]
