@@ -612,6 +612,16 @@ def test_what_is_not_finite_is_no_error(rule, tasks):
     assert not gs.operate(jacobian, rule).isfinite().all()
 
 
+@pytest.mark.parametrize("rule", [gs.UPGrad(), gs.DualProj(), gs.CAGrad(), gs.GEM(("0", "1"))], ids=repr)
+@pytest.mark.parametrize(("tasks", "dim"), [(3, 2), (8, 3), (12, 4), (16, 5), (32, 8)])
+def test_products_in_float32_of_more_tasks_than_coordinates(rule, tasks, dim):
+    """Rounding leaves negative eigenvalues, with which the problems that define these rules would have no solution."""
+    for seed in range(5):
+        jacobian = torch.tensor(many(seed, tasks, dim)).float()
+        expected, longest = gs.operate(jacobian.double(), rule), jacobian.norm(dim=1).max().item()
+        assert (gs.operate(jacobian, rule) - expected).norm() < 1e-4 * longest
+
+
 @pytest.mark.parametrize("tasks", [6, 9, 20])
 def test_the_ways_to_solve_a_problem_agree(tasks):
     from gradsurgery.rules import _complementarity, _shortest, _solvers

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,11 +10,11 @@ from torch import Tensor
 
 from .._rule import Rule, State
 from ._solvers import looks, precise
-from ._weights import Weights, as_pairs, operated, shares, weights_state
+from ._weights import Weighted, Weights, operated, shares
 
 
 @dataclass(frozen=True)
-class AlignedMTL(Rule):
+class AlignedMTL(Weighted, Rule):
     r"""Makes the tasks' gradients orthogonal and equally long, by as small a change as possible, and averages them.
 
     With the eigenvectors ``V`` and eigenvalues ``l`` of the Gram matrix that are not zero,
@@ -56,17 +55,7 @@ class AlignedMTL(Rule):
     def __post_init__(self) -> None:
         if self.scale not in ("min", "median", "rmse"):
             raise ValueError(f"`scale` must be 'min', 'median' or 'rmse'. Found scale={self.scale!r}.")
-        as_pairs(self)
-
-    def init(
-        self,
-        tasks: Sequence[str],
-        groups: Sequence[str],
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float64,
-    ) -> State:
-        return weights_state(self, tasks, groups, device, dtype)
+        super().__post_init__()
 
     def mix(
         self, gram: Tensor, state: State, *, active: Tensor | None = None, generator: torch.Generator | None = None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._rule import Rule, State
-from ._complementarity import complementary
+from ._complementarity import complementary, lifted
 from ._solvers import UNSOLVED, directions, looks, warn
 from ._weights import diagonal, shares
 
@@ -70,6 +70,7 @@ class CAGrad(Rule):
         inverse = torch.where(there, 1 / norms, 0.0)
         both = there[:, :, None] & there[:, None, :]
         cosines = cosines + 1e-10 * both
+        cosines = lifted(cosines) if looks(gram) else cosines
         products = (cosines @ (average * norms)[..., None]).squeeze(-1)  # <g_i, g_0> / ||g_i||
         radius = self.c * (average * norms * products).sum(-1, keepdim=True).clamp_min(0).sqrt()
         # A zero gradient gains nothing, so that the least gain is zero at most. Else it is at most that of one g_w = g_i.

@@ -49,7 +49,7 @@ def complementary(
             unsolved = _unsolved(cosines, linear, x, allowed)
     rest = unsolved.any(-1).nonzero().squeeze(1)
     if len(rest):
-        x[rest] = _by_interior_points(cosines[rest], linear[rest], rule, tolerance)
+        x[rest] = _by_interior_points(lifted(cosines[rest]), linear[rest], rule, tolerance)
     return x
 
 
@@ -174,6 +174,21 @@ def _by_interior_points(cosines: Tensor, linear: Tensor, rule: str, tolerance: f
         if looks(x) and bool((error > 1e6 * tolerance).any()):
             warn(rule, f"stopped after {iterations} iterations with an error of {float(error.max()):.1e}", UNSOLVED)
     return x.reshape(groups, many, tasks) * scale
+
+
+def lifted(cosines: Tensor) -> Tensor:
+    """What products in float32 left indefinite, as if each gradient had a small part of its own; the others as they are.
+
+    Without it, the problems of more tasks than coordinates need not be bounded. For the CPU: it looks.
+    """
+    eye = torch.eye(cosines.shape[-1], dtype=cosines.dtype, device=cosines.device)
+    index = torch.linalg.cholesky_ex(cosines + 1e-11 * eye).info.nonzero().squeeze(1)
+    if not len(index):
+        return cosines
+    result = cosines.clone()
+    below = torch.linalg.eigvalsh(cosines[index].nan_to_num())[:, :1, None].clamp_max(0)
+    result[index] -= 4 * below * eye
+    return result
 
 
 class _Newton:

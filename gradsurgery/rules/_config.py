@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,11 +10,11 @@ from torch import Tensor
 
 from .._rule import Rule, State
 from ._solvers import directions, least_squares
-from ._weights import Weights, as_pairs, diagonal, weights_state
+from ._weights import Weighted, Weights, diagonal
 
 
 @dataclass(frozen=True)
-class ConFIG(Rule):
+class ConFIG(Weighted, Rule):
     r"""The direction whose cosines with all tasks' gradients are equal, as long as the tasks' gradients along it together:
 
     ``u = normalise(U^+ 1)``,  ``sum_i g'_i = (sum_i <g_i, u>) u``,
@@ -47,19 +46,6 @@ class ConFIG(Rule):
     scale_equivariant: ClassVar[bool] = True
 
     weights: Weights | None = None
-
-    def __post_init__(self) -> None:
-        as_pairs(self)
-
-    def init(
-        self,
-        tasks: Sequence[str],
-        groups: Sequence[str],
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float64,
-    ) -> State:
-        return weights_state(self, tasks, groups, device, dtype)
 
     def mix(
         self, gram: Tensor, state: State, *, active: Tensor | None = None, generator: torch.Generator | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,11 +11,11 @@ from torch import Tensor
 from .._rule import Rule, State
 from ._complementarity import complementary
 from ._solvers import directions
-from ._weights import Weights, as_pairs, diagonal, shares, weights_state
+from ._weights import Weighted, Weights, diagonal, shares
 
 
 @dataclass(frozen=True)
-class DualProj(Rule):
+class DualProj(Weighted, Rule):
     r"""Projects the average of the tasks' gradients onto the cone of directions that conflict with no task.
 
     ``sum_i g'_i = argmin ||d - sum_i w_i g_i||^2`` subject to ``<d, g_j> >= 0`` for all tasks ``j``; this is
@@ -47,19 +46,6 @@ class DualProj(Rule):
     non_conflicting: ClassVar[bool] = True
 
     weights: Weights | None = None
-
-    def __post_init__(self) -> None:
-        as_pairs(self)
-
-    def init(
-        self,
-        tasks: Sequence[str],
-        groups: Sequence[str],
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float64,
-    ) -> State:
-        return weights_state(self, tasks, groups, device, dtype)
 
     def mix(
         self, gram: Tensor, state: State, *, active: Tensor | None = None, generator: torch.Generator | None = None

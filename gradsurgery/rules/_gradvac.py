@@ -11,14 +11,14 @@ from torch import Tensor
 
 from .._rule import Rule, State
 from ._walk import Walk, few_groups, random_order
-from ._weights import Weights, as_pairs, weighted, weights_state
+from ._weights import Weighted, Weights, weighted
 
 # What remains of a unit vector's squared length is rounding, below this. Gram matrices may be from products in float32.
 _ROUNDING = 16 * torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
-class GradVac(Rule):
+class GradVac(Weighted, Rule):
     r"""Pulls each task's gradient towards the others until their cosine similarities reach their usual level.
 
     Starting from ``g'_i = g_i``, for ``j != i`` in random order, with ``phi = cos(g'_i, g_j)`` and the target ``t_ij``
@@ -80,7 +80,7 @@ class GradVac(Rule):
             raise ValueError(f"`target` is a cosine and must be in [-1, 1], or None for the EMA. Found {self.target!r}.")
         if not self.max_growth >= 1:
             raise ValueError(f"`max_growth` must be at least 1. Found max_growth={self.max_growth!r}.")
-        as_pairs(self)
+        super().__post_init__()
         if self.tasks is not None:
             if isinstance(self.tasks, str):
                 raise ValueError(
@@ -99,7 +99,7 @@ class GradVac(Rule):
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float64,
     ) -> State:
-        state = weights_state(self, tasks, groups, device, dtype)
+        state = super().init(tasks, groups, device=device, dtype=dtype)
         if self.tasks is not None:
             if unknown := [name for name in self.tasks if name not in tasks]:
                 raise ValueError(f"GradVac's `tasks` names {unknown}, but the tasks are {list(tasks)}.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,11 +10,11 @@ from torch import Tensor
 
 from .._rule import Rule, State
 from ._walk import Walk, random_order
-from ._weights import Weights, as_pairs, weighted, weights_state
+from ._weights import Weighted, Weights, weighted
 
 
 @dataclass(frozen=True)
-class PCGrad(Rule):
+class PCGrad(Weighted, Rule):
     r"""Projects each task's gradient onto the normal plane of every gradient that it conflicts with.
 
     Starting from ``g'_i = g_i``, for ``j != i`` in random order: if ``<g'_i, g_j> < 0``,
@@ -48,19 +47,6 @@ class PCGrad(Rule):
     scale_equivariant: ClassVar[bool] = True
 
     weights: Weights | None = None
-
-    def __post_init__(self) -> None:
-        as_pairs(self)
-
-    def init(
-        self,
-        tasks: Sequence[str],
-        groups: Sequence[str],
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float64,
-    ) -> State:
-        return weights_state(self, tasks, groups, device, dtype)
 
     def mix(
         self, gram: Tensor, state: State, *, active: Tensor | None = None, generator: torch.Generator | None = None

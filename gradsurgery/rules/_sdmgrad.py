@@ -12,11 +12,11 @@ from torch import Tensor
 from .._rule import Rule, State
 from ._simplex_steps import conditional, projected
 from ._solvers import precise
-from ._weights import Weights, as_pairs, diagonal, shares, weights_state
+from ._weights import Weighted, Weights, diagonal, shares
 
 
 @dataclass(frozen=True)
-class SDMGrad(Rule):
+class SDMGrad(Weighted, Rule):
     r"""A common direction of descent that is drawn towards the average gradient,
 
     ``g'_i = (w_i + lam a_i) / (1 + lam) g_i``,
@@ -75,7 +75,7 @@ class SDMGrad(Rule):
             raise ValueError(f"`momentum` must be in [0, 1). Found momentum={self.momentum!r}.")
         if not self.iterations >= 1:
             raise ValueError(f"`iterations` must be at least 1. Found iterations={self.iterations!r}.")
-        as_pairs(self)
+        super().__post_init__()
 
     def init(
         self,
@@ -86,7 +86,7 @@ class SDMGrad(Rule):
         dtype: torch.dtype = torch.float64,
     ) -> State:
         w = torch.full((len(groups), len(tasks)), 1 / max(len(tasks), 1), device=device, dtype=dtype)
-        return {"w": w, **weights_state(self, tasks, groups, device, dtype)}
+        return {"w": w, **super().init(tasks, groups, device=device, dtype=dtype)}
 
     def mix(
         self, gram: Tensor, state: State, *, active: Tensor | None = None, generator: torch.Generator | None = None

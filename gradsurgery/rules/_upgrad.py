@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,11 +11,11 @@ from torch import Tensor
 from .._rule import Rule, State
 from ._complementarity import complementary
 from ._solvers import directions
-from ._weights import Weights, as_pairs, operated, shares, weights_state
+from ._weights import Weighted, Weights, operated, shares
 
 
 @dataclass(frozen=True)
-class UPGrad(Rule):
+class UPGrad(Weighted, Rule):
     r"""Projects each task's gradient onto the cone of directions that conflict with no task, and averages the results.
 
     ``g'_i = w_i pi(g_i)``, where ``pi(g) = argmin ||d - g||^2`` subject to ``<d, g_j> >= 0`` for all tasks ``j``.
@@ -49,19 +48,6 @@ class UPGrad(Rule):
     non_conflicting: ClassVar[bool] = True
 
     weights: Weights | None = None
-
-    def __post_init__(self) -> None:
-        as_pairs(self)
-
-    def init(
-        self,
-        tasks: Sequence[str],
-        groups: Sequence[str],
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float64,
-    ) -> State:
-        return weights_state(self, tasks, groups, device, dtype)
 
     def mix(
         self, gram: Tensor, state: State, *, active: Tensor | None = None, generator: torch.Generator | None = None

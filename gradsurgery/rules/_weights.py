@@ -14,20 +14,39 @@ Weights: TypeAlias = Mapping[str, float] | Sequence[tuple[str, float]]
 """Task → weight; kept as pairs, so that a rule can be compared, hashed and shown."""
 
 
-def as_pairs(rule: Any) -> None:
-    """Brings the field ``weights`` of a new rule into its form.
+class Weighted:
+    """What rules with a field ``weights`` share, ahead of :class:`Rule` among their bases.
 
-    Raises:
-        ValueError: for repeated names and for weights that are negative or not finite.
+    The field is brought into its form as a rule is made, and the state has ``"weights"``, ``[G, K]``, if there are any.
     """
-    if rule.weights is None:
-        return
-    given = rule.weights
-    pairs = tuple((str(name), float(weight)) for name, weight in (given.items() if isinstance(given, Mapping) else given))
-    names = [name for name, _ in pairs]
-    if not pairs or len(set(names)) < len(names) or not all(0 <= weight < float("inf") for _, weight in pairs):
-        raise ValueError(f"`weights` must map distinct tasks, at least one, to weights >= 0. Found {given!r}.")
-    object.__setattr__(rule, "weights", pairs)
+
+    weights: Weights | None  # each rule has the field at its own place
+
+    def __post_init__(self) -> None:
+        given = self.weights
+        if given is None:
+            return
+        named = given.items() if isinstance(given, Mapping) else given
+        pairs = tuple((str(name), float(weight)) for name, weight in named)
+        names = [name for name, _ in pairs]
+        if not pairs or len(set(names)) < len(names) or not all(0 <= weight < float("inf") for _, weight in pairs):
+            raise ValueError(f"`weights` must map distinct tasks, at least one, to weights >= 0. Found {given!r}.")
+        object.__setattr__(self, "weights", pairs)
+
+    def init(
+        self,
+        tasks: Sequence[str],
+        groups: Sequence[str],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float64,
+    ) -> State:
+        if self.weights is None:
+            return {}
+        given = dict(self.weights)
+        check_names("weights", given, tasks, self)
+        values = torch.tensor([given.get(task, 1.0) for task in tasks], device=device, dtype=dtype)
+        return {"weights": values.expand(len(groups), -1)}
 
 
 def check_names(setting: str, names: Iterable[str], tasks: Sequence[str], rule: Any) -> None:
@@ -54,16 +73,6 @@ def marked(names: Iterable[str], tasks: Sequence[str], groups: Sequence[str], de
     """Which tasks have these names, ``[G, K]``."""
     chosen = set(names)
     return torch.tensor([task in chosen for task in tasks], device=device).expand(len(groups), -1)
-
-
-def weights_state(rule: Any, tasks: Sequence[str], groups: Sequence[str], device: Any, dtype: torch.dtype) -> State:
-    """The state ``"weights"``, ``[G, K]``, of a rule with such a field; empty without weights."""
-    if rule.weights is None:
-        return {}
-    given = dict(rule.weights)
-    check_names("weights", given, tasks, rule)
-    values = torch.tensor([given.get(task, 1.0) for task in tasks], device=device, dtype=dtype)
-    return {"weights": values.expand(len(groups), -1)}
 
 
 def shares(gram: Tensor, state: State, active: Tensor | None) -> Tensor:
