@@ -164,7 +164,7 @@ def run_pytest(arguments: Sequence[str], plugin: object = None) -> int:
     phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
     hypothesis.settings.register_profile("mutants", derandomize=True, database=None, deadline=None, phases=phases)
     hypothesis.settings.load_profile("mutants")
-    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:pytest_cov", "--rootdir", str(ROOT)]
+    options = ["-x", "-q", "-m", "not distributed", "-p", "no:cacheprovider", "-p", "no:pytest_cov", "--rootdir", str(ROOT)]
     options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # plugins are there already
     return int(pytest.main([*options, *arguments], plugins=[plugin] if plugin else []))
 
