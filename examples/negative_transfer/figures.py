@@ -62,8 +62,8 @@ def gaps(curves: Mapping[str, gs.GapCurve], title: str, file: Path) -> None:
         curve.plot(ax, label=name)
     ax.set(xlabel="ε, the share of the source that is perturbed", ylabel="NTG, points of error", title=title)
     for y, side, said in ((0.97, "top", "the source does harm"), (0.03, "bottom", "the source helps")):
-        ax.annotate(said, (0.99, y), xycoords="axes fraction", ha="right", va=side, color="0.4", fontsize=9)
-    ax.legend(frameon=False, loc="upper left")
+        ax.annotate(said, (0.01, y), xycoords="axes fraction", va=side, color="0.4", fontsize=9)
+    ax.legend(frameon=False, loc="lower right")
     figure.savefig(file, dpi=150)
     plt.close(figure)
 
