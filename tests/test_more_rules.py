@@ -244,6 +244,13 @@ def test_imtl_g_equals_its_oracle(jacobian):
     np.testing.assert_allclose(projections, projections[0], rtol=1e-7, atol=1e-9 * scale(jacobian))
 
 
+def test_imtl_g_gives_up_on_those_groups_alone_whose_weights_cancel():
+    gram = torch.tensor([[[1.0, 0], [0, 4]], [[1, -1], [-1, 1]]], dtype=torch.float64)
+    mixing, _ = gs.IMTLG().mix(gram, {})
+    torch.testing.assert_close(mixing[0], torch.diag(torch.tensor([2 / 3, 1 / 3], dtype=torch.float64)))
+    assert not mixing[1].any()
+
+
 @pytest.mark.parametrize("given_weights", [None, {"0": 2.0, "1": 0.5}])
 @quick
 @given(jacobian=strategies.apart(widest=1, min_tasks=2))
