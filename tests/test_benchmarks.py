@@ -1,4 +1,5 @@
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -193,6 +194,8 @@ def test_bytes_on_the_wire(tmp_path, capsys, threads):
         bound = 4.5 if "head" in figure.name else 4.51  # where all is shared, what hosts tell each other comes on top
         assert 3 < figure.ratio <= bound
     lines = [line for line in capsys.readouterr().out.splitlines() if "reduce_scatter" in line]
-    assert len(lines) == 4
-    for line in lines:  # one of inner products and one of numbers of samples
-        assert " 2 allreduce" in line
+    assert len(lines) == 6
+    for line in lines:  # one of numbers of samples, and one of inner products: of each part, where surgery streams
+        parts = int(re.search(r"(\d+) reduce_scatter", line)[1]) if "streamed" in line else 1
+        assert f" {1 + parts} allreduce" in line
+        assert parts < 7  # there are eight tasks

@@ -2,6 +2,7 @@
 
 import copy
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -703,4 +704,4 @@ def test_several_processes():
     with pytest.raises(ValueError, match="Found 2 processes; leave"):
         read_features(z, groups=1, ranks=2, mixed=False, source=Autograd())
     with pytest.raises(ValueError, match="sharded by FSDP2; leave"):
-        read_features(z, groups=1, ranks=1, mixed=False, source=Backward())
+        read_features(z, groups=1, ranks=1, mixed=False, source=Backward(nullcontext))

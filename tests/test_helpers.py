@@ -1,7 +1,7 @@
 """What rules share: weights by name, absent tasks in mixing matrices, random walks, and what is learned of losses."""
 
 import math
-from types import SimpleNamespace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,7 +10,8 @@ import gradsurgery as gs
 from gradsurgery.rules import _weighing
 from gradsurgery.rules._walk import Walk, few_groups, random_order
 from gradsurgery.rules._weights import (
-    as_pairs,
+    Weighted,
+    Weights,
     check_names,
     diagonal,
     marked,
@@ -18,7 +19,6 @@ from gradsurgery.rules._weights import (
     shares,
     task_names,
     weighted,
-    weights_state,
 )
 
 TASKS, GROUPS = ("a", "b", "c"), ("x", "y")
@@ -30,10 +30,9 @@ def tensor(values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def rule(weights):
-    result = SimpleNamespace()
-    object.__setattr__(result, "weights", weights)
-    return result
+@dataclass(frozen=True)
+class Given(Weighted, gs.Rule):
+    weights: Weights | None = None
 
 
 # --- Weights ----------------------------------------------------------------------------------------------------------
@@ -43,21 +42,18 @@ def rule(weights):
     "weights", [{"a": 2, "c": 0}, [("a", 2), ("c", 0)], (("a", 2.0), ("c", 0.0))], ids=["map", "list", "tuple"]
 )
 def test_weights_of_one_form(weights):
-    given = rule(weights)
-    as_pairs(given)
+    given = Given(weights)
     assert given.weights == (("a", 2.0), ("c", 0.0))
-    state = weights_state(given, TASKS, GROUPS, None, torch.float32)
+    state = given.init(TASKS, GROUPS, dtype=torch.float32)
     assert state["weights"].dtype == torch.float32
     assert state["weights"].tolist() == [[2, 1, 0]] * 2
     with pytest.raises(ValueError, match=r"`weights` names \['c'\], but the tasks are \['a', 'b'\]"):
-        weights_state(given, ("a", "b"), GROUPS, None, torch.float32)
+        given.init(("a", "b"), GROUPS)
 
 
 def test_no_weights():
-    given = rule(None)
-    as_pairs(given)
-    assert given.weights is None
-    assert weights_state(given, TASKS, GROUPS, None, torch.float32) == {}
+    assert Given().weights is None
+    assert Given().init(TASKS, GROUPS) == {}
 
 
 def test_names():

@@ -488,6 +488,7 @@ OTHERWISE = """
 Chunk Conj Contiguous Copy Detach Flatten Imag IndexPutImpl Movedim Real Relu6 Reshape Selu Square Swapaxes Unflatten
 ViewAsRealCopy CudnnBatchNorm FusedDropout FusedRmsNorm MiopenBatchNorm MkldnnMaxPool2D MkldnnRnnLayer
 ScaledDotProductCudnnAttention ScaledDotProductEfficientAttention ScaledDotProductFlashAttention
+RegisterPostBackwardFunction
 """
 
 

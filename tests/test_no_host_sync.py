@@ -45,7 +45,7 @@ def elsewhere(monkeypatch):
     """Takes the way of other devices."""
     monkeypatch.setattr(_buffer, "_products_are_exact", lambda: False)
     monkeypatch.setattr(_solvers, "looks", lambda tensor: False)
-    for name in ("_complementarity", "_shortest", "_aligned_mtl", "_mgda", "_cagrad", "_nash_mtl"):
+    for name in ("_complementarity", "_shortest", "_aligned_mtl", "_mgda", "_cagrad", "_nash_mtl", "_imtl_g"):
         monkeypatch.setattr(f"gradsurgery.rules.{name}.looks", lambda tensor: False)
 
 
