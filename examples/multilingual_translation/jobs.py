@@ -68,8 +68,8 @@ SCALES = {
         evaluated=10,
     ),
     "tiny": Scale(
-        Settings(steps=1000),
-        Settings(steps=1000, batch=128, keep=100),
+        Settings(steps=500),
+        Settings(steps=500, batch=128, keep=50),
         vocabulary=(4000, 12_000),
         longest=24,
     ),

@@ -49,7 +49,7 @@ class Settings:
     """
 
     size: str = "tiny"
-    steps: int = 1000
+    steps: int = 500
     batch: int = 64
     rate: float = 2e-3
     warmup: int = 200
