@@ -10,6 +10,7 @@ from torch import Tensor
 from ._solvers import ENUMERATED, UNSOLVED, looks, warn
 
 _RIDGE = 1e-14  # added to squared lengths of 1
+_FIRST, _THEN = 18, 12  # steps in single precision
 
 
 def complementary(
@@ -75,7 +76,7 @@ def _by_enumeration(cosines: Tensor, linear: Tensor) -> Tensor:
     """For each support the solution that has it if there is one; of these the one that violates the conditions least."""
     masks, pairs = supports(linear.shape[-1], cosines.dtype, cosines.device)
     right = linear.neg().mT.unsqueeze(1) * masks  # [G, S, K, R]
-    x = torch.linalg.solve_ex(cosines.unsqueeze(1) * pairs, right)[0].mT.clamp(min=0)  # [G, S, R, K]
+    x = torch.linalg.solve_ex(cosines.unsqueeze(1) * pairs, right)[0].mT.clamp_(min=0)  # [G, S, R, K]
     slack = torch.bmm(x.flatten(1, 2), cosines).view_as(x).add_(linear.unsqueeze(1))
     violation = torch.minimum(x, slack).abs_().amax(-1)  # [G, S, R]
     best = violation.nan_to_num_(torch.inf).argmin(1)[:, None, :, None]
@@ -91,35 +92,65 @@ def _by_reflections(cosines: Tensor, linear: Tensor, allowed: Tensor) -> Tensor:
     takes one product. What it leaves unsolved is near enough for :func:`by_pivoting`.
     """
     eye = torch.eye(cosines.shape[-1], dtype=cosines.dtype, device=cosines.device)
-    largest = cosines.abs().sum(-1).amax(-1)
-    smallest = torch.linalg.inv_ex(cosines + 1e-3 * eye)[0].abs_().sum(-1).amax(-1).reciprocal()
-    weight = (largest * smallest).sqrt()[:, None, None]  # contracts both ends of the spectrum alike
-    inverse = torch.linalg.inv_ex(cosines + weight * eye)[0]
+    smallest, largest = _ends_of_spectrum(cosines + 1e-3 * eye)
+    weight = (largest * smallest).sqrt_()  # contracts both ends alike
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(cosines + weight * eye)[0])
     offset = torch.bmm(linear, inverse).mul_(-2)
     turn = inverse.mul_(2 * weight).sub_(eye)
     # A step of length d leaves |C x + q - y| = |(C + w) d| / 2.
-    enough = 2 * allowed / (largest[:, None, None] + weight)  # [G, R, 1]
-    # In single precision at first: what it leaves is an error like any other.
-    found = s = _reflected(offset.float(), offset.float(), turn.float(), 16)[0].to(offset)
+    enough = 2 * allowed / (largest + weight)  # [G, R, 1]
+    # In single precision at first, and so are corrections: what they leave is an error like any other.
+    single = turn.float()
+    s = found = _reflected(offset.float(), single, _FIRST).to(offset)
+    rest = torch.arange(len(found))  # the groups that are not done: none depends on how long another takes
     before = torch.full_like(weight, torch.inf)
-    going = torch.ones_like(weight, dtype=torch.bool)  # so that no group depends on how long another takes
-    for _ in range(14):
-        s, last = _reflected(s, offset, turn, 5)  # between two looks, each of which takes as long as a step
-        found = torch.where(going, s, found)
-        change = ((s - last).abs_().amax(-1, keepdim=True) / enough).amax(-2, keepdim=True)
-        going = going & (change > 1) & (change < 0.5 * before)
-        if not bool(going.any()):
+    for _ in range(12):
+        moved = torch.baddbmm(offset, s.abs(), turn).sub_(s)
+        change = (moved.abs().amax(-1, keepdim=True) / enough).amax(-2, keepdim=True)
+        going = ((change > 1) & (change < 0.3 * before)).flatten().nonzero().squeeze(1)
+        if not len(going):
             break
+        if len(going) < len(rest):
+            rest, s, moved, change = rest[going], s[going], moved[going], change[going]
+            enough, offset, turn, single = enough[going], offset[going], turn[going], single[going]
+        s = s + _reflected(moved.float(), single, _THEN, around=s.float())
         before = change
-    return found.clamp(min=0)
+        if len(rest) == len(found):
+            found = s
+        else:
+            found[rest] = s
+    return found.clamp_(min=0)
 
 
-def _reflected(s: Tensor, offset: Tensor, turn: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """``s`` after some iterations of ``s = |s| turn + offset``, and before the last of them."""
-    s, last, size = s.clone(), torch.empty_like(s), torch.empty_like(s)  # fresh memory costs as much as the arithmetic
+def _ends_of_spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """About the smallest and the largest eigenvalue of ``[G, K, K]``, each ``[G, 1, 1]``, by a few powers."""
+    factor = torch.linalg.cholesky_ex(matrix)[0]
+    vector = torch.linspace(0, 400, matrix.shape[-1], dtype=matrix.dtype, device=matrix.device).cos_()
+    back = forth = vector.expand(matrix.shape[0], -1).unsqueeze(-1)
+    for _ in range(2):
+        before, back = back, torch.cholesky_solve(back, factor)
+    smallest = (before.norm(dim=1, keepdim=True) / back.norm(dim=1, keepdim=True)).nan_to_num_(0.0).clamp_(1e-3, 1.0)
+    for _ in range(4):
+        before, forth = forth, torch.bmm(matrix, forth)
+    return smallest, forth.norm(dim=1, keepdim=True) / before.norm(dim=1, keepdim=True)
+
+
+def _reflected(offset: Tensor, turn: Tensor, steps: int, around: Tensor | None = None) -> Tensor:
+    """``s`` after some iterations of ``s = |s| turn + offset``; or of the same for ``around + s``, less ``around``.
+
+    The latter loses no digits where ``s`` is small: ``|a + s| - |a| = max(u, -u - 2 |a|)`` with ``u = sign(a) s``.
+    """
+    s, last, size = offset.clone(), torch.empty_like(offset), torch.empty_like(offset)  # fresh memory costs much
+    if around is not None:
+        signs, twice, back = around.sign(), around.abs().mul_(-2), torch.empty_like(offset)
     for _ in range(steps):
-        last, s = s, torch.baddbmm(offset, torch.abs(s, out=size), turn, out=last)
-    return s, last
+        if around is None:
+            torch.abs(s, out=size)
+        else:
+            torch.mul(s, signs, out=size)
+            torch.maximum(size, torch.sub(twice, size, out=back), out=size)
+        last, s = s, torch.baddbmm(offset, size, turn, out=last)
+    return s
 
 
 def by_pivoting(cosines: Tensor, linear: Tensor, support: Tensor, allowed: Tensor, iterations: int = 10) -> Tensor:
