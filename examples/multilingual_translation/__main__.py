@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 try:
-    from . import cost, page
+    from . import cost, page, study
     from .corpus import prepare
     from .fetch import cache_folder
     from .jobs import PARTS, SCALES, Scale, results_of, run_all, sizes
-    from .plan import plan
+    from .plan import GEOMETRY, plan
     from .summary import Summary
 except ImportError as error:
     raise SystemExit(f'This example needs more packages ({error}): pip install "gradsurgery[multilingual]".') from error
@@ -67,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     options.out.mkdir(parents=True, exist_ok=True)
     if options.command != "report":
         run_all(every, options.out, cache, **settings)
+        study.look([job for part in GEOMETRY for job in wanted.get(part, ())], options.out, cache, **settings)
         if tagged:
             tagging.run_all(tagged, options.out, cache, **settings)
     made = Summary(scale, options.out, cache, check=check, device=options.device)

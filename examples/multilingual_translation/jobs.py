@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from .corpus import Corpus, Recipe, prepare
-from .languages import FOUR, tasks_of
+from .languages import FAMILY, FOUR, tasks_of
 from .methods import ABLATIONS, BEST, BILINGUAL, JOINT, TABLE_65
 from .sources import languages_of
 from .train import Job, Result, Settings, Trainer
@@ -140,11 +140,16 @@ def study_jobs(scale: Scale, seeds: Iterable[int]) -> list[Job]:
 
 
 def trilingual_jobs(scale: Scale, seeds: Iterable[int]) -> list[Job]:
-    """Figure 6.3 (b): English to French together with one other language each."""
+    """Figure 6.3 (b): English to French together with one other language each, the first of each family."""
     recipe = scale.all()
     first, *rest = recipe.languages
+    partners = {FAMILY[code]: code for code in reversed(rest)}
     settings = replace(scale.settings, keep=max(1, scale.settings.steps // 5), temperature=1e9)  # equal shares for all
-    return [Job(JOINT, (f"en-{first}", f"en-{code}"), seed, settings, recipe) for seed in seeds for code in rest]
+    return [
+        Job(JOINT, (f"en-{first}", f"en-{code}"), seed, settings, recipe)
+        for seed in seeds
+        for code in sorted(partners.values(), key=rest.index)
+    ]
 
 
 PARTS = {
@@ -192,7 +197,7 @@ def run_all(jobs: Sequence[Job], out: Path, cache: Path, *, processes: int, devi
 
 
 def pooled(perform: Callable[[J], float], jobs: Sequence[J], processes: int) -> None:
-    """Makes runs in processes of one thread each; ``perform`` returns a loss.
+    """Makes runs in processes of one thread each; ``perform`` returns a number to show, such as a loss.
 
     No more than ``processes`` are handed out at once, so that an error, or an interruption, waits for those alone.
     """
@@ -207,7 +212,7 @@ def pooled(perform: Callable[[J], float], jobs: Sequence[J], processes: int) -> 
         running = {pool.submit(perform, job): job for job in islice(later, processes)}
         while running:
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                bar.set_postfix_str(f"{running.pop(future).name}: loss {future.result():.3f}")
+                bar.set_postfix_str(f"{running.pop(future).name}: {future.result():.3f}")
                 bar.update()
                 running |= {pool.submit(perform, job): job for job in islice(later, 1)}
 

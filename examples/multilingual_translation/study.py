@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,15 +17,15 @@ from torch.nn.functional import cross_entropy
 
 import gradsurgery as gs
 
-from .corpus import PAD, Corpus
-from .jobs import folder_of
+from .corpus import PAD, Corpus, prepare
+from .jobs import folder_of, pooled, results_of
 from .languages import FAMILY, other
 from .model import SIZES, Translator
 from .train import Job, write_whole
 
 Matrix = NDArray[np.float64]
 
-SENTENCES = 200
+SENTENCES = 128
 """Of the aligned ones, whose gradients are looked at."""
 
 PARTS = {"encoder": ["encoder.*"], "decoder": ["decoder.*"]}
@@ -67,10 +68,24 @@ def geometry(model: Translator, corpus: Corpus, tasks: Sequence[str], *, count: 
     return optimizer.last
 
 
+def look(jobs: Iterable[Job], out: Path, cache: Path, *, processes: int, device: str, check: bool) -> None:
+    """Measures the geometry of complete runs, some at a time, and keeps it beside them."""
+    todo = [job for job in results_of(jobs, out) if not _kept(job, out, SENTENCES).exists()]
+    pooled(partial(_mean_similarity, out=out, cache=cache, device=device, check=check), todo, processes)
+
+
+def _mean_similarity(job: Job, out: Path, cache: Path, device: str, check: bool) -> float:
+    corpus = prepare(job.recipe, cache, check=check)
+    return float(np.nanmean(of_run(job, corpus, out, count=SENTENCES, device=device).cosines))
+
+
+def _kept(job: Job, out: Path, count: int) -> Path:
+    return folder_of(job, out) / f"geometry-{count}.npz"
+
+
 def of_run(job: Job, corpus: Corpus, out: Path, *, count: int, device: str = "cpu") -> gs.Recorder:
     """The geometry at all checkpoints that a run has kept; measured once, and kept beside them."""
-    folder = folder_of(job, out)
-    kept = folder / f"geometry-{count}.npz"
+    folder, kept = folder_of(job, out), _kept(job, out, count)
     if kept.exists():
         return gs.Recorder.load(kept)
     recorder = gs.Recorder()

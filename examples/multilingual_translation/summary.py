@@ -40,8 +40,8 @@ sentences that all languages have. Whether a family’s languages agree more tha
 languages (a Mantel test, one-sided): within − between is the difference of mean similarities, and correlation that of
 similarity with being of one family. A family is also a script, and loan words; this cannot tell them apart.""",
     "trilingual": """\
-Does a language do better in the company of one whose gradients are like its own? The first language is trained with each
-other one in turn, in equal shares.""",
+Does a language do better in the company of one whose gradients are like its own? The first language is trained with one
+of each family in turn, in equal shares.""",
 }
 
 _SOURCES = {"help": "LibreOffice's help", "verses": "verses", "django": "Django's messages"}

@@ -57,7 +57,7 @@ class Settings:
         record: cosines and operations are recorded at each so many steps.
     """
 
-    steps: int = 200
+    steps: int = 100
     batch: int = 16
     layers: int = 6
     rate: float = 2e-4
