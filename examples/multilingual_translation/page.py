@@ -77,6 +77,16 @@ def picture(draw: Callable[[Axes], object], size: tuple[float, float], salt: str
     return re.sub(r' id="(figure|axes|patch|matplotlib|xtick|ytick|text|line2d|legend)[\w.]*"', "", svg)
 
 
+def save(draws: Sequence[Callable[[Axes], object]], size: tuple[float, float], path: Path) -> None:
+    """What each of ``draws`` draws, side by side, as a PNG on white, for documents that are not this page."""
+    figure = Figure(figsize=size, layout="constrained")
+    for draw, ax in zip(draws, figure.subplots(1, len(draws), squeeze=False)[0], strict=True):
+        draw(ax)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    write_whole(path, buffer.getvalue())
+
+
 def write(sections: Sequence[Section], commands: Sequence[str], results: Sequence[Result], wanted: int, path: Path) -> None:
     """Writes the page.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -12,25 +14,35 @@ import gradsurgery as gs
 
 from . import study
 from .languages import FAMILY, other
-from .page import picture
+from .page import picture, save
 from .train import Result
 
 _WIDE = (7.5, 3.8)
 
 
+def _heatmap(recorder: gs.Recorder, part: str, ax: Axes) -> None:
+    families = {task: FAMILY[other(task)] for task in recorder.tasks}
+    gs.plots.cosine_heatmap(recorder, groups=study.PARTS[part], families=families, ax=ax)
+    ax.set_title(part)
+
+
+def _heatmaps(recorder: gs.Recorder) -> tuple[dict[str, Callable[[Axes], None]], tuple[float, float]]:
+    """Part of the model → what draws it, and the size of one."""
+    draws = {part: partial(_heatmap, recorder, part) for part in study.PARTS}
+    return draws, (2.2 + 0.32 * len(recorder.tasks), 1.8 + 0.3 * len(recorder.tasks))
+
+
+def save_heatmaps(recorder: gs.Recorder, path: Path) -> None:
+    """Both halves (Figures 6.2 and 6.5) as a PNG."""
+    draws, (width, height) = _heatmaps(recorder)
+    save(list(draws.values()), (2 * width, height), path)
+
+
 def of_geometry(name: str, recorder: gs.Recorder) -> list[tuple[str, str]]:
     """Heat maps of both halves (Figures 6.2, 6.5 and 6.6), similarities over the checkpoints, by layer (6.4 b) and of two
     pairs of tasks (6.4 c), and a heat map of the difference of the halves (6.4 a); each with what it shows."""
-    size = (2.2 + 0.32 * len(recorder.tasks), 1.8 + 0.3 * len(recorder.tasks))
-    families = {task: FAMILY[other(task)] for task in recorder.tasks}
-    found = []
-    for part, groups in study.PARTS.items():
-
-        def heatmap(ax: Axes, part: str = part, groups: Sequence[str] = groups) -> None:
-            gs.plots.cosine_heatmap(recorder, groups=groups, families=families, ax=ax)
-            ax.set_title(part)
-
-        found.append((_said(recorder, part), picture(heatmap, size, f"{name} {part}")))
+    draws, size = _heatmaps(recorder)
+    found = [(_said(recorder, part), picture(draw, size, f"{name} {part}")) for part, draw in draws.items()]
     layers = study.layers_of(recorder)
 
     def by_layer(ax: Axes) -> None:
@@ -84,12 +96,14 @@ def _near_and_far(tasks: Sequence[str]) -> list[tuple[str, str]]:
     return [(first, alike[0]), (first, (hindi or far[-1:])[0])] if alike and far else []
 
 
-def of_operations(results: Mapping[str, Result]) -> list[tuple[str, str]]:
-    """How many pairs each rule operated on over the steps (Figure 6.7), with what it shows."""
+def of_operations(results: Mapping[str, Result], path: Path) -> list[tuple[str, str]]:
+    """How many pairs each rule operated on over the steps (Figure 6.7), with what it shows; and as a PNG."""
     recordings = {name: result.recorder for name, result in results.items() if result.recorder.operated.any()}
     if not recordings:
         return []
-    svg = picture(lambda ax: gs.plots.operations(recordings, ax=ax), _WIDE, "operations")
+    draw = partial(_operations, recordings)
+    save([draw], _WIDE, path)
+    svg = picture(draw, _WIDE, "operations")
     shares = ", ".join(f"{name} **{its.operation_rate():.1%}**" for name, its in recordings.items())
     return [
         (
@@ -97,3 +111,7 @@ def of_operations(results: Mapping[str, Result]) -> list[tuple[str, str]]:
             svg,
         )
     ]
+
+
+def _operations(recordings: Mapping[str, gs.Recorder], ax: Axes) -> None:
+    gs.plots.operations(recordings, ax=ax)

@@ -14,7 +14,7 @@ from .jobs import Scale, results_of
 from .languages import tasks_of
 from .methods import BEST
 from .page import Album, Section
-from .pictures import of_geometry, of_operations
+from .pictures import of_geometry, of_operations, save_heatmaps
 from .train import Job
 
 NOT_MEASURED = "Not measured yet: `python -m examples.multilingual_translation cost`."
@@ -93,7 +93,7 @@ class Summary:
             for method in ("PCGrad, all_layer", BEST)
             if (found := tables.of_method(results, method, tasks))
         }
-        if pictures := of_operations(first):
+        if pictures := of_operations(first, self._out / "operations.png"):
             section.albums.append(Album("", pictures))
         return section
 
@@ -120,6 +120,7 @@ class Summary:
         section = Section("Loss geometry (Section 6.2)", _QUESTIONS["study"], tables.NOT_RUN)
         if recordings:
             by_layer = f"**Mean similarity by layer**\n\n{study.by_layer(recordings)}"
+            save_heatmaps(next(iter(recordings.values())), self._out / "languages.png")
             section.text = f"**Do families cluster?**\n\n{study.table(recordings)}\n\n{by_layer}"
         for n, (name, recorder) in enumerate(recordings.items()):
             section.albums.append(Album(name, of_geometry(name, recorder), shown=n < 2))
