@@ -474,10 +474,37 @@ def test_gradnorm_of_the_others_is_as_if_a_task_without_gradient_were_not_there(
 
 def test_gradnorm_after_a_loss_of_zero():
     state = observed([[4.0, 1.0], [1.0, 9.0]], [0.0, 3.0])
-    assert state["weight"].isfinite().all()
     assert state["initial"].tolist() == [0, 3]
+    assert torch.equal(state["weight"], observed([[4.0, 1.0], [1.0, 9.0]], [2.0, 3.0])["weight"])  # it trains as the rest do
     state = observed([[4.0, 1.0], [1.0, 9.0]], [2.0, 1.0], state=state)  # what falls is measured from the first loss above
     assert state["initial"].tolist() == [2, 3]
+
+
+def test_gradnorm_where_all_losses_or_all_gradients_are_zero():
+    state = observed([[4.0, 1.0], [1.0, 9.0]], [2.0, 3.0])
+    for gram, losses in (([[4.0, 1.0], [1.0, 9.0]], [0.0, 0.0]), ([[0.0, 0.0], [0.0, 0.0]], [1.0, 1.0])):
+        found = observed(gram, losses, state=state)
+        assert found["weight"].sum().item() == pytest.approx(2)
+        assert torch.equal(found["initial"], state["initial"])
+    assert torch.equal(found["weight"], state["weight"])
+    nobody = observed([[0.0, 0.0], [0.0, 0.0]], [float("nan")] * 2, active=[False, False], state=state)
+    assert all(torch.equal(nobody[key], state[key]) for key in state)
+
+
+def test_gradnorm_by_hand():
+    # A loss below zero has the rate 0; gradients of several groups are one; and no weight falls below the least.
+    state = {"weight": torch.tensor([0.5, 1.5]).double(), "initial": torch.tensor([2.0, 4.0]).double()}
+    gram = torch.tensor([[[4.0, 0.0], [0.0, 5.0]], [[5.0, 0.0], [0.0, 11.0]]]).double()
+    there = torch.ones(2, 2, dtype=torch.bool)
+    step = gs.Step(("a", "b"), ("x", "y"), there, gram, torch.eye(2).expand_as(gram), torch.tensor([-1.0, 2.0]).double())
+    found = gs.GradNorm(alpha=2.0, lr=0.1, smallest=0.2).observe(step, state)
+    # Norms 3 and 4, of which the mean is 3.5; rates 0 and 1/2, in units of their mean 0 and 2: targets 0 and 14.
+    new = [max(0.5 - 0.1 * 3 / 0.5, 0.2), 1.5 + 0.1 * 4 / 1.5]
+    np.testing.assert_allclose(found["weight"].numpy(), 2 * np.array(new) / sum(new), rtol=1e-12)
+    step = gs.Step(step.tasks, step.groups, torch.tensor([[True, True], [True, False]]), gram, step.mixing, step.losses)
+    new[1] = 1.5 + 0.1 * 5**0.5 / 1.5  # what it has not reached is not there
+    found = gs.GradNorm(alpha=2.0, lr=0.1, smallest=0.2).observe(step, state)
+    np.testing.assert_allclose(found["weight"].numpy(), 2 * np.array(new) / sum(new), rtol=1e-12)
 
 
 COMMON = {"one": np.ones_like, "mean": np.mean, "min": np.min, "max": np.max}

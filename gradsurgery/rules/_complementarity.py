@@ -217,7 +217,7 @@ def lifted(cosines: Tensor) -> Tensor:
     if not len(index):
         return cosines
     result = cosines.clone()
-    below = torch.linalg.eigvalsh(cosines[index].nan_to_num())[:, :1, None].clamp_max(0)
+    below = torch.linalg.eigvalsh(cosines[index].nan_to_num())[:, :1, None]
     result[index] -= 4 * below * eye
     return result
 
