@@ -304,6 +304,18 @@ def test_many_anchors():
     np.testing.assert_allclose(found, more_oracles.gem(jacobian, anchors), rtol=0, atol=1e-8)
 
 
+def test_memories_that_cancel_are_no_constraint():
+    jacobian = torch.tensor([[1.0, -2.0, 0.5], [0.1, 0.2, 0.3], [-0.4, 0.7, 0.6], [0.3, -0.9, -0.9]]).double()
+    assert torch.equal(gs.operate(jacobian, gs.AGEM(("1", "2", "3"))), jacobian[0])
+    jacobian[2] = -jacobian[1]
+    assert torch.equal(gs.operate(jacobian[:3], gs.AGEM(("1", "2"))), jacobian[0])
+
+
+@pytest.mark.parametrize("rule", [gs.GEM(("1",), margin=0.5), gs.AGEM(("1",))], ids=repr)
+def test_a_memory_at_right_angles_changes_nothing(rule):
+    assert gs.operate(torch.eye(2), rule).tolist() == [1, 0]
+
+
 def test_a_memory_without_gradient_is_no_constraint():
     jacobian = torch.tensor([[1.0, 2.0], [0.0, 0.0]])
     for rule in (gs.AGEM(("1",)), gs.GEM(("1",))):
@@ -475,7 +487,8 @@ def test_gradnorm_of_the_others_is_as_if_a_task_without_gradient_were_not_there(
 def test_gradnorm_after_a_loss_of_zero():
     state = observed([[4.0, 1.0], [1.0, 9.0]], [0.0, 3.0])
     assert state["initial"].tolist() == [0, 3]
-    assert torch.equal(state["weight"], observed([[4.0, 1.0], [1.0, 9.0]], [2.0, 3.0])["weight"])  # it trains as the rest do
+    usual = observed([[4.0, 1.0], [1.0, 9.0]], [2.0, 3.0])
+    assert torch.equal(state["weight"], usual["weight"])  # it trains as the rest do
     state = observed([[4.0, 1.0], [1.0, 9.0]], [2.0, 1.0], state=state)  # what falls is measured from the first loss above
     assert state["initial"].tolist() == [2, 3]
 
@@ -671,6 +684,25 @@ def test_the_ways_to_solve_a_problem_agree(tasks):
         weights, gap = _shortest.on_simplex(cosines, torch.ones_like(shortest, dtype=torch.bool), 1e-14, 50)
         torch.testing.assert_close(shortest, weights, rtol=0, atol=1e-6)
         assert gap.max() <= 1e-14
+
+
+@pytest.mark.parametrize("tasks", [3, 8])
+@pytest.mark.parametrize("rule", [*SOLVED, gs.FairGrad(alpha=2.0), gs.GEM(("0", "1")), gs.AGEM(("0",))], ids=repr)
+def test_where_values_may_not_be_looked_at_the_result_is_the_same(rule, tasks, monkeypatch):
+    import gradsurgery.rules as package
+
+    jacobian = torch.tensor(np.stack([many(seed, tasks, tasks + 6) for seed in range(3)]))
+    jacobian[1, 2] = 0
+    gram, active = jacobian @ jacobian.mT, torch.ones(3, tasks, dtype=torch.bool)
+    active[2, 1] = False
+    state, results = rule.init(names(tasks), names(3)), []
+    for _ in range(2):
+        mixing, _ = rule.mix(gram, state, active=active)
+        coefficients = (mixing * active[:, :, None]).sum(1) * active
+        results.append((coefficients[:, None] @ jacobian).squeeze(1))
+        for module in filter(lambda module: hasattr(module, "looks"), vars(package).values()):
+            monkeypatch.setattr(module, "looks", lambda _: False)
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
 
 
 def test_stopping_early_names_the_rule(monkeypatch):

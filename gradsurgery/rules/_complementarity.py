@@ -28,7 +28,7 @@ def complementary(
     Returns:
         ``x``, ``[G, R, K]``. Not unique if ``C`` is singular; ``C x`` is.
     """
-    if not cosines.shape[-1] or not linear.numel():
+    if not linear.numel():
         return linear.clone()
     if linear.shape[-1] <= ENUMERATED:
         return _by_enumeration(cosines, linear)
