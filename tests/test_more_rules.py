@@ -463,6 +463,7 @@ def test_gradnorm_leaves_an_absent_tasks_weight_alone():
         for k, task in enumerate("abc"):
             if task not in present:
                 assert after[k] == before[k]
+                assert opt.last.loss_weights[k] == 1
 
 
 def observed(gram, losses, *, active=None, state=None):

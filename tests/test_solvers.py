@@ -259,13 +259,11 @@ def test_how_far_a_step_may_go():
 
 def test_no_interior_point_depends_on_how_long_another_takes():
     easy, hard = cosines(7, 60, groups=1), cosines(7, 3, groups=1)
-    results = []
-    for second in (easy, hard):
-        matrix = torch.cat([easy, second])
-        linear = numbers(1, 2, 7) @ matrix
-        results.append((_complementarity._by_interior_points(matrix, linear, "it", EXACT)[0],))
-        there = torch.ones(2, 7, dtype=torch.bool)
-        results[-1] += tuple(found[0] for found in on_simplex(matrix, there, EXACT, 30))
+    results, there = [], torch.ones(2, 7, dtype=torch.bool)
+    for second, spread in ((easy, 1.0), (hard, 0.1)):
+        linear = torch.stack([numbers(2, 7), numbers(2, 7) * spread ** torch.arange(7)])
+        found = _complementarity._by_interior_points(torch.cat([easy, easy]), linear, "it", EXACT)
+        results.append((found[0], *(part[0] for part in on_simplex(torch.cat([easy, second]), there, EXACT, 30))))
     assert all(torch.equal(*both) for both in zip(*results, strict=True))
 
 
