@@ -53,7 +53,9 @@ def test_what_a_block_is():
     assert is_block(block[:1])
     assert is_block(block[:0])
     assert is_block(torch.zeros(3))
-    assert not is_block(torch.zeros(1, 4, 5).expand(3, 4, 5))
+    for count in (2, 3):
+        assert not is_block(torch.zeros(1, 4, 5).expand(count, 4, 5))
+    assert not is_block(torch.zeros(9).as_strided((2, 5), (4, 1)))
     assert not is_block(torch.zeros(100).as_strided((3, 5), (4, 1)))
     assert is_block(torch.zeros(100).as_strided((3, 5), (5, 1)))
     assert not is_block(block.transpose(0, 1))
@@ -111,6 +113,18 @@ def test_what_is_given_back_twice_is_free_once(twice):
         arena.give(half[1])
     again = [arena.take((PAGE // 2,), torch.uint8, CPU) for _ in range(2)]
     assert [inside(arena, block) for block in again] == [True, False]
+
+
+def test_what_is_not_its_own_is_ignored():
+    arena = Arena()
+    arena.take((PAGE,), torch.uint8, CPU)
+    other = torch.zeros(1)
+    for _ in range(PAGE):
+        arena.give(other)
+    arena.take((PAGE,), torch.uint8, CPU)
+    arena.reset()
+    assert all(inside(arena, arena.take((PAGE,), torch.uint8, CPU)) for _ in range(2))
+    assert arena._memory.size == 2 * PAGE
 
 
 def test_a_step_that_needs_more_has_it_the_next_time():

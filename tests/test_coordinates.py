@@ -343,6 +343,25 @@ def test_random_numbers_are_the_steps_and_the_seeds():
     assert not torch.equal(run(0, 1), run(0, 2))
 
 
+def test_a_rule_without_random_numbers_draws_none():
+    model = Bent()
+    opt = wrap(model, gs.TrimmedMean(1), seed=3)
+    opt.backward(model.losses(batch()))
+    opt.step()
+    assert torch.equal(opt.state_dict()["surgery"]["generator"], torch.Generator().manual_seed(3).get_state())
+    generator = torch.Generator().manual_seed(3)
+    gs.operate(torch.ones(3, 4), gs.TrimmedMean(1), generator=generator)
+    assert torch.equal(generator.get_state(), torch.Generator().manual_seed(3).get_state())
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@both
+def test_one_value_that_is_not_finite_shows(rule, value):
+    rows = torch.arange(12.0).view(4, 3)
+    rows[1, 2] = value
+    assert gs.operate(rows, rule).isfinite().tolist() == [True, True, False]
+
+
 @both
 def test_a_checkpoint_continues_bit_for_bit(rule):
     def train(model, opt, numbers):

@@ -187,6 +187,29 @@ def test_what_a_skipped_step_found_is_not_reused(rule, first):
         opt.zero_grad()
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_heads_of_a_skipped_step_keep_the_weights_from_before(first):
+    model = Heads().double()
+    opt = wrap(model, gs.Chain(gs.GLS(), gs.MGDA()), every=2, tasks=["a", "b", "c"])
+    weights = torch.ones(3, dtype=torch.float64)
+    if not first:
+        for number in range(2):
+            opt.backward(model.losses(batch(number).double()))
+            opt.step()
+            opt.zero_grad()
+        weights = opt.last.loss_weights
+    opt.backward({task: loss * torch.inf for task, loss in model.losses(batch().double()).items()})
+    opt.combine()
+    opt.zero_grad()
+    losses = model.losses(batch().double())
+    gradients = task_gradients(losses, dict(model.named_parameters()))
+    opt.backward(losses)
+    opt.combine()
+    for weight, task in zip(weights, opt.tasks, strict=True):
+        name = f"heads.{task}.weight"
+        torch.testing.assert_close(model.get_parameter(name).grad, weight * gradients[task][name])
+
+
 def test_errors():
     model = Bent()
     for every in (0, -1, 1.5, True):

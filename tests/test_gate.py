@@ -424,6 +424,7 @@ def test_task_gates_are_checked_and_known_by_their_settings():
     ):
         with pytest.raises(error, match=message):
             rule()
+    assert gs.TaskGate(module, "a", beta=1).beta == 1
     assert repr(gs.TaskGate(module, "a")) == repr(gs.TaskGate(gate(tasks=["a", "b"]), "a"))
     assert repr(gs.TaskGate(module, "a")) != repr(gs.TaskGate(gate(tasks=["b", "a"]), "a"))
     assert "\n" not in repr(gs.TaskGate(module, "a"))

@@ -62,6 +62,22 @@ def test_losses_of_tasks_are_reductions_of_their_samples(reduction, shape):
     assert counts.kind == ("mixed" if reduction == "mean" else "sum")
 
 
+def test_losses_that_do_not_fit_the_batch():
+    one = MixedBatch([0], TASKS)
+    losses = torch.ones(1, requires_grad=True)
+    assert one.check(losses) is losses
+    with pytest.raises(ValueError, match=r"`losses` has no elements. Found shape \(1, 0\)"):
+        one.check(torch.ones(1, 0, requires_grad=True))
+    with pytest.raises(ValueError, match=r"each of the 1 samples .* Found shape \(\)"):
+        one.check(torch.ones((), requires_grad=True))
+    with pytest.raises(ValueError, match=r"each of the 1 samples .* Found shape \(2,\)"):
+        one.check(torch.ones(2, requires_grad=True))
+    with pytest.raises(ValueError, match="no graph"):
+        one.check(torch.ones(1))
+    with pytest.raises(TypeError, match="Found dict"):
+        one.check({"a": losses})
+
+
 def test_samples():
     assert read_samples(None, ["c", "a"], TASKS) == ((1.0, 0.0, 1.0), "alike")
     assert read_samples({"a": 2, "c": 0.0}, ["c", "a"], TASKS) == ((2.0, 0.0, 0.0), "given")

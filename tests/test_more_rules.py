@@ -304,6 +304,18 @@ def test_many_anchors():
     np.testing.assert_allclose(found, more_oracles.gem(jacobian, anchors), rtol=0, atol=1e-8)
 
 
+def test_memories_that_cancel_are_no_constraint():
+    jacobian = torch.tensor([[1.0, -2.0, 0.5], [0.1, 0.2, 0.3], [-0.4, 0.7, 0.6], [0.3, -0.9, -0.9]]).double()
+    assert torch.equal(gs.operate(jacobian, gs.AGEM(("1", "2", "3"))), jacobian[0])
+    jacobian[2] = -jacobian[1]
+    assert torch.equal(gs.operate(jacobian[:3], gs.AGEM(("1", "2"))), jacobian[0])
+
+
+@pytest.mark.parametrize("rule", [gs.GEM(("1",), margin=0.5), gs.AGEM(("1",))], ids=repr)
+def test_a_memory_at_right_angles_changes_nothing(rule):
+    assert gs.operate(torch.eye(2), rule).tolist() == [1, 0]
+
+
 def test_a_memory_without_gradient_is_no_constraint():
     jacobian = torch.tensor([[1.0, 2.0], [0.0, 0.0]])
     for rule in (gs.AGEM(("1",)), gs.GEM(("1",))):
@@ -451,6 +463,7 @@ def test_gradnorm_leaves_an_absent_tasks_weight_alone():
         for k, task in enumerate("abc"):
             if task not in present:
                 assert after[k] == before[k]
+                assert opt.last.loss_weights[k] == 1
 
 
 def observed(gram, losses, *, active=None, state=None):
@@ -474,10 +487,38 @@ def test_gradnorm_of_the_others_is_as_if_a_task_without_gradient_were_not_there(
 
 def test_gradnorm_after_a_loss_of_zero():
     state = observed([[4.0, 1.0], [1.0, 9.0]], [0.0, 3.0])
-    assert state["weight"].isfinite().all()
     assert state["initial"].tolist() == [0, 3]
+    usual = observed([[4.0, 1.0], [1.0, 9.0]], [2.0, 3.0])
+    assert torch.equal(state["weight"], usual["weight"])  # it trains as the rest do
     state = observed([[4.0, 1.0], [1.0, 9.0]], [2.0, 1.0], state=state)  # what falls is measured from the first loss above
     assert state["initial"].tolist() == [2, 3]
+
+
+def test_gradnorm_where_all_losses_or_all_gradients_are_zero():
+    state = observed([[4.0, 1.0], [1.0, 9.0]], [2.0, 3.0])
+    for gram, losses in (([[4.0, 1.0], [1.0, 9.0]], [0.0, 0.0]), ([[0.0, 0.0], [0.0, 0.0]], [1.0, 1.0])):
+        found = observed(gram, losses, state=state)
+        assert found["weight"].sum().item() == pytest.approx(2)
+        assert torch.equal(found["initial"], state["initial"])
+    assert torch.equal(found["weight"], state["weight"])
+    nobody = observed([[0.0, 0.0], [0.0, 0.0]], [float("nan")] * 2, active=[False, False], state=state)
+    assert all(torch.equal(nobody[key], state[key]) for key in state)
+
+
+def test_gradnorm_by_hand():
+    # A loss below zero has the rate 0; gradients of several groups are one; and no weight falls below the least.
+    state = {"weight": torch.tensor([0.5, 1.5]).double(), "initial": torch.tensor([2.0, 4.0]).double()}
+    gram = torch.tensor([[[4.0, 0.0], [0.0, 5.0]], [[5.0, 0.0], [0.0, 11.0]]]).double()
+    there = torch.ones(2, 2, dtype=torch.bool)
+    step = gs.Step(("a", "b"), ("x", "y"), there, gram, torch.eye(2).expand_as(gram), torch.tensor([-1.0, 2.0]).double())
+    found = gs.GradNorm(alpha=2.0, lr=0.1, smallest=0.2).observe(step, state)
+    # Norms 3 and 4, of which the mean is 3.5; rates 0 and 1/2, in units of their mean 0 and 2: targets 0 and 14.
+    new = [max(0.5 - 0.1 * 3 / 0.5, 0.2), 1.5 + 0.1 * 4 / 1.5]
+    np.testing.assert_allclose(found["weight"].numpy(), 2 * np.array(new) / sum(new), rtol=1e-12)
+    step = gs.Step(step.tasks, step.groups, torch.tensor([[True, True], [True, False]]), gram, step.mixing, step.losses)
+    new[1] = 1.5 + 0.1 * 5**0.5 / 1.5  # what it has not reached is not there
+    found = gs.GradNorm(alpha=2.0, lr=0.1, smallest=0.2).observe(step, state)
+    np.testing.assert_allclose(found["weight"].numpy(), 2 * np.array(new) / sum(new), rtol=1e-12)
 
 
 COMMON = {"one": np.ones_like, "mean": np.mean, "min": np.min, "max": np.max}
@@ -644,6 +685,25 @@ def test_the_ways_to_solve_a_problem_agree(tasks):
         weights, gap = _shortest.on_simplex(cosines, torch.ones_like(shortest, dtype=torch.bool), 1e-14, 50)
         torch.testing.assert_close(shortest, weights, rtol=0, atol=1e-6)
         assert gap.max() <= 1e-14
+
+
+@pytest.mark.parametrize("tasks", [3, 8])
+@pytest.mark.parametrize("rule", [*SOLVED, gs.FairGrad(alpha=2.0), gs.GEM(("0", "1")), gs.AGEM(("0",))], ids=repr)
+def test_where_values_may_not_be_looked_at_the_result_is_the_same(rule, tasks, monkeypatch):
+    import gradsurgery.rules as package
+
+    jacobian = torch.tensor(np.stack([many(seed, tasks, tasks + 6) for seed in range(3)]))
+    jacobian[1, 2] = 0
+    gram, active = jacobian @ jacobian.mT, torch.ones(3, tasks, dtype=torch.bool)
+    active[2, 1] = False
+    state, results = rule.init(names(tasks), names(3)), []
+    for _ in range(2):
+        mixing, _ = rule.mix(gram, state, active=active)
+        coefficients = (mixing * active[:, :, None]).sum(1) * active
+        results.append((coefficients[:, None] @ jacobian).squeeze(1))
+        for module in filter(lambda module: hasattr(module, "looks"), vars(package).values()):
+            monkeypatch.setattr(module, "looks", lambda _: False)
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
 
 
 def test_stopping_early_names_the_rule(monkeypatch):

@@ -330,6 +330,51 @@ def test_settings_on_the_edge_of_their_range_are_fine(settings):
     assert gs.operate(random_rows(3, 4), gs.GradVac(**settings)).isfinite().all()
 
 
+NONE, INF = (), float("inf")
+RANGES = [  # rule, setting, the ends of its range, what is just outside, other settings
+    (gs.Adversary, "mu", (0,), (-0.01, INF), {"tasks": "a"}),
+    (gs.Adversary, "steps", (1, None), (0, True, 1.5), {"tasks": "a"}),
+    (gs.CAGrad, "c", (0,), (-0.01, 1), {}),
+    (gs.CRMOGM, "alpha", (0, 1), (-0.01, 1.01), {"rule": gs.Sum()}),
+    (gs.DWA, "epoch", (1,), (0, True, 1.5), {}),
+    (gs.DWA, "temperature", NONE, (0, INF), {}),
+    (gs.FAMO, "decay", (0,), (-0.01, INF), {}),
+    (gs.FAMO, "lr", NONE, (0, INF), {}),
+    (gs.FairGrad, "alpha", NONE, (0, INF), {}),
+    (gs.GEM, "margin", (0,), (-0.01, INF), {"anchors": ("a",)}),
+    (gs.GradDrop, "leak", (0, 1, {"a": 1, "b": 0}), (-0.01, 1.01, {"a": 1.01}), {}),
+    (gs.GradNorm, "alpha", (0,), (-0.01, INF), {}),
+    (gs.GradNorm, "lr", NONE, (0, INF), {}),
+    (gs.GradNorm, "smallest", NONE, (0, 1), {}),
+    (gs.Krum, "byzantine", (0,), (-1, True, 0.5), {}),
+    (gs.Krum, "selected", (1,), (0, True, 1.5), {}),
+    (gs.MGDA, "iterations", (1,), (0,), {}),
+    (gs.MGDA, "tolerance", NONE, (0,), {}),
+    (gs.MoDo, "lr", NONE, (0, INF), {}),
+    (gs.MoDo, "rho", (0,), (-0.01, INF), {}),
+    (gs.NashMTL, "update_every", (1,), (0, True, 1.5), {}),
+    (gs.PCGrad, "weights", ({"a": 0},), ({"a": -0.01}, {"a": INF}, {}), {}),
+    (gs.SDMGrad, "iterations", (1,), (0,), {}),
+    (gs.SDMGrad, "lam", (0,), (-0.01, INF), {}),
+    (gs.SDMGrad, "lr", (None,), (0, INF), {}),
+    (gs.SDMGrad, "momentum", (0,), (-0.01, 1), {}),
+    (gs.Transference, "beta", (1,), (0, 1.01), {}),
+    (gs.Transference, "lr", NONE, (0, INF), {}),
+    (gs.TrimmedMean, "trim", (0,), (-1, True, 0.5), {}),
+]
+
+
+@pytest.mark.parametrize(
+    ("rule", "setting", "ends", "outside", "others"), RANGES, ids=[f"{r.__name__}-{s}" for r, s, *_ in RANGES]
+)
+def test_ranges_of_settings(rule, setting, ends, outside, others):
+    for value in ends:
+        rule(**{setting: value}, **others)
+    for value in outside:
+        with pytest.raises(ValueError, match=f"`{setting}"):
+            rule(**{setting: value}, **others)
+
+
 # --- Rules as objects -------------------------------------------------------------------------------------------------
 
 OBJECTS = [

@@ -45,6 +45,13 @@ def no_interior_points(monkeypatch):
     monkeypatch.setattr(_shortest, "on_simplex", fail)
 
 
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """As on another device than the CPU, where solvers may not look at values."""
+    for module in (_complementarity, _shortest, _solvers):
+        monkeypatch.setattr(module, "looks", lambda _: False)
+
+
 # --- Directions -------------------------------------------------------------------------------------------------------
 
 
@@ -126,6 +133,49 @@ def test_by_reflections(tasks):
     check_complementary(matrix, linear, _complementarity._by_reflections(matrix, linear, allowed))
 
 
+def test_no_group_of_reflections_depends_on_how_long_another_takes():
+    matrix = torch.cat([cosines(8, dimensions, groups=1) for dimensions in (12, 10_000, 16, 40)])
+    matrix[1] = torch.eye(8)
+    linear = numbers(4, 5, 8)
+    linear[2, 1] = 0
+    allowed = EXACT * linear.abs().amax(-1, keepdim=True).clamp_min(1e-300)
+    found = _complementarity._by_reflections(matrix, linear, allowed)
+    assert (found[2, 1] == 0).all()
+    for g in range(4):
+        one = slice(g, g + 1)
+        alone = _complementarity._by_reflections(matrix[one], linear[one], allowed[one])
+        torch.testing.assert_close(found[one], alone, rtol=0, atol=1e-13)
+    check_complementary(matrix[1:], linear[1:], found[1:])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_reflections_around_a_point(steps):
+    offset, turn, around = numbers(3, 4, 6), numbers(3, 6, 6, seed=2) / 6, numbers(3, 4, 6, seed=3)
+    whole = [around]
+    for _ in range(steps + 1):
+        whole.append(whole[-1].abs() @ turn + offset)
+    found = _complementarity._reflected(whole[1] - around, turn, steps, around=around)
+    torch.testing.assert_close(found, whole[-1] - around)
+    plain = offset
+    for _ in range(steps):
+        plain = plain.abs() @ turn + offset
+    torch.testing.assert_close(_complementarity._reflected(offset, turn, steps), plain)
+
+
+def test_ends_of_the_spectrum():
+    matrix = torch.cat([cosines(12, dimensions) for dimensions in (14, 18, 60)])
+    values = torch.linalg.eigvalsh(matrix)
+    smallest, largest = (end.flatten() for end in _complementarity._ends_of_spectrum(matrix))
+    assert (values[:, 0] <= smallest).all()
+    assert (smallest < 2 * values[:, 0]).all()
+    assert (largest <= values[:, -1]).all()
+    assert (largest > 0.7 * values[:, -1]).all()
+    strange = torch.stack([torch.eye(12), 100 * torch.eye(12), 1e-6 * torch.eye(12), torch.full((12, 12), NAN)]).double()
+    smallest, largest = (end.flatten() for end in _complementarity._ends_of_spectrum(strange))
+    torch.testing.assert_close(smallest, tensor([1.0, 1.0, 1e-3, 1e-3]))
+    torch.testing.assert_close(largest, tensor([1.0, 100.0, 1e-6, NAN]), equal_nan=True)
+
+
 @pytest.mark.parametrize("tasks", [6, 16])
 def test_by_pivoting(tasks):
     matrix, linear = cosines(tasks, 2 * tasks, groups=20), numbers(20, tasks)
@@ -143,6 +193,35 @@ def test_by_interior_points(tasks, rank, many):
     linear = (numbers(3, many, tasks) @ matrix) * SIZES
     x = _complementarity._by_interior_points(matrix, linear, "it", EXACT, iterations=14)
     check_complementary(matrix, linear, x, 1e-11)
+
+
+@pytest.mark.parametrize("many", [1, 4])
+def test_complementarity_without_a_look(many, elsewhere):
+    matrix, linear = cosines(8, 16), numbers(3, many, 8) * SIZES
+    linear[1, 0] = 0
+    check_complementary(matrix, linear, complementary(matrix, linear, "it"), 1e-11)
+
+
+def test_problems_of_zeros():
+    for many in (1, 4):
+        linear = numbers(3, many, 8)
+        linear[1, 0] = 0
+        found = complementary(cosines(8, 16), linear, "it")
+        assert (found[1, 0] == 0).all()
+        check_complementary(cosines(8, 16), linear, found)
+
+
+def test_lifted():
+    matrix = cosines(6, 12)
+    for positive in (matrix, cosines(6, 3)):
+        assert _complementarity.lifted(positive) is positive
+    wrong = matrix.clone()
+    values, vectors = torch.linalg.eigh(matrix[1])
+    values[0] = -1e-6
+    wrong[1] = vectors * values @ vectors.mT
+    found = _complementarity.lifted(wrong)
+    assert torch.equal(found[[0, 2]], matrix[[0, 2]])
+    torch.testing.assert_close(found[1], wrong[1] + 4e-6 * torch.eye(6).double(), rtol=0, atol=1e-12)
 
 
 def test_hard_problems_among_others():
@@ -173,8 +252,19 @@ def test_how_far_a_step_may_go():
         ([1.0, 1.0], [-0.5, 1.0], [1.0, 1.0], [0.0, 1.0], 1.0),
         ([1.0, 1.0], [-4.0, -2.0], [1.0, 1.0], [0.0, -3.0], 0.25),
         ([1.0, 3.0], [-1.0, -2.0], [1.0, 2.0], [0.0, -5.0], 0.4),
+        ([4.0, 4.0], [-1.0, -2.0], [4.0, 9.0], [-3.0, -2.0], 1.0),
     ]:
         assert longest(tensor([x]) * one, tensor([dx]), tensor([y]), tensor([dy])).tolist() == [[expected]]
+
+
+def test_no_interior_point_depends_on_how_long_another_takes():
+    easy, hard = cosines(7, 60, groups=1), cosines(7, 3, groups=1)
+    results, there = [], torch.ones(2, 7, dtype=torch.bool)
+    for second, spread in ((easy, 1.0), (hard, 0.1)):
+        linear = torch.stack([numbers(2, 7), numbers(2, 7) * spread ** torch.arange(7)])
+        found = _complementarity._by_interior_points(torch.cat([easy, easy]), linear, "it", EXACT)
+        results.append((found[0], *(part[0] for part in on_simplex(torch.cat([easy, second]), there, EXACT, 30))))
+    assert all(torch.equal(*both) for both in zip(*results, strict=True))
 
 
 def test_newton_steps_solve_their_equations():
@@ -253,6 +343,16 @@ def test_shortest_where_some_groups_are_hard():
     assert (gap <= EXACT).all()
 
 
+def test_shortest_without_a_look(elsewhere):
+    gram, there = grams(8, 24, groups=4), torch.ones(4, 8, dtype=torch.bool)
+    gram[2] = grams(8, 3, groups=1)[0]
+    there[1, 3] = False
+    gram = masked(gram / gram.amax((-1, -2), keepdim=True), there)
+    weights, gap = shortest(gram, there, EXACT, 20)
+    check_shortest(gram, there, weights, 2 * EXACT)
+    assert (gap <= EXACT).all()
+
+
 def test_newton_steps_on_the_simplex_solve_their_equations():
     w, z, aim = (numbers(3, 4, seed=seed).abs() + 0.1 for seed in range(3))
     there = torch.ones(3, 4, dtype=torch.bool)
@@ -289,6 +389,43 @@ def test_balance_takes_few_steps(monkeypatch):
     torch.testing.assert_close(w * (matrix @ w[..., None]).squeeze(-1), target.exp())
 
 
+def test_balance_where_whole_steps_go_round_in_circles(monkeypatch):
+    rows = numbers(64, 8, 4, seed=0)
+    rows[..., 0] = 0.3 * rows[..., 0].abs() + 0.01  # a direction that helps all, so that there is a solution
+    matrix, target = directions(rows @ rows.mT, None).cosines, torch.zeros(64, 8).double()
+    w, error = _solvers._balanced(matrix, target, 0.003, 0.0)
+    assert (error <= EXACT).all()
+    products, there = (matrix @ w[..., None]).squeeze(-1), w > 1e-300  # of the others, w is too small for a number
+    torch.testing.assert_close(products[there], w[there] ** -0.003, rtol=1e-9, atol=0)
+    monkeypatch.setattr(_solvers, "_WHOLE_STEPS", INF)
+    assert (_solvers._balanced(matrix, target, 0.003, 0.0)[1] > 1e-6).any()
+
+
+def test_no_balance_depends_on_how_long_another_takes():
+    easy, hard = cosines(5, 40, groups=1), cosines(5, 5, groups=1)
+    target = numbers(1, 5).expand(2, 5)
+    first, other = (_solvers._balanced(torch.cat([easy, second]), target, 0.1, 0.0)[0] for second in (easy, hard))
+    assert torch.equal(first[0], other[0])
+
+
+@pytest.mark.parametrize("power", [0.1, 1.0, 3.0])
+def test_balance_by_steps_of_which_each_helps(power, monkeypatch):
+    monkeypatch.setattr(_solvers, "_WHOLE_STEPS", 0)
+    monkeypatch.setattr(_solvers, "_NEWTON_STEPS", 9)
+    w, error = _solvers._balanced(cosines(5, 8), 3 * numbers(3, 5), power, 0.0)
+    assert (error <= EXACT).all()
+    torch.testing.assert_close(w, balanced(cosines(5, 8), 3 * numbers(3, 5), power, "it"))
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+def test_balance_without_a_look(power, monkeypatch):
+    matrix, target = cosines(4, 6), numbers(3, 4)
+    matrix[1] = tensor([[1, -1, 0, 0], [-1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    expected = balanced(matrix, target, power, "it")
+    monkeypatch.setattr(_solvers, "looks", lambda _: False)
+    torch.testing.assert_close(balanced(matrix, target, power, "it"), expected)
+
+
 @pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
 def test_balance_that_does_not_exist_is_near_it(power):
     matrix = cosines(2, 4)
@@ -313,6 +450,34 @@ def test_least_squares(tasks):
     for g in range(5):
         expected = np.linalg.pinv(matrix[g].numpy(), rcond=1e-6, hermitian=True) @ right[g].numpy()
         np.testing.assert_allclose(found[g].numpy(), expected, rtol=1e-8, atol=1e-9)
+
+
+def test_least_squares_of_what_is_dependent_but_for_rounding():
+    ones = torch.ones(3, 10, 10).double()
+    matrix, right = ones - 1e-6 * (ones - torch.eye(10)), torch.arange(1.0, 11).expand(3, 10).double()
+    torch.testing.assert_close(least_squares(matrix, right), 0.55 * ones[0, :3], rtol=0, atol=1e-6)
+    # Here Cholesky's factors tell little, either because what follows is not large,
+    matrix = tensor([[[1.0, 1 - 1e-9], [1 - 1e-9, 1.0]]])
+    torch.testing.assert_close(least_squares(matrix, tensor([[1.0, 1 + 3e-10]])), tensor([[0.5, 0.5]]))
+    # or because all pivots are (Kahan 1966).
+    powers = 0.1 ** (torch.arange(30).double() / 29)
+    factor = powers[:, None] * (torch.eye(30) - (1 - powers[1] ** 2).sqrt() * torch.ones(30, 30).double().triu(1))
+    matrix, right = (factor.mT @ factor)[None], numbers(1, 30).abs()
+    for size in (1.0, 1e-6):
+        found = least_squares(matrix, size * right)
+        torch.testing.assert_close(found, size * _solvers._by_eigenvectors(matrix, right), rtol=1e-6, atol=0)
+
+
+def test_least_squares_where_only_rounding_is_left():
+    matrix = tensor([[[1.0, -0.5, -0.5], [-0.5, 1.0, -0.5], [-0.5, -0.5, 1.0]]]).expand(2, 3, 3)
+    found = least_squares(matrix, tensor([[1.0, 1.0, 1.0], [1 + 3e-5, 1.0, 1.0]]))
+    assert (found[0] == 0).all()
+    torch.testing.assert_close(found[1], tensor([4e-5 / 3, -2e-5 / 3, -2e-5 / 3]))
+
+
+def test_least_squares_without_a_look(elsewhere):
+    matrix, right = cosines(6, 12), numbers(3, 6).abs()
+    torch.testing.assert_close((matrix @ least_squares(matrix, right)[..., None]).squeeze(-1), right)
 
 
 # --- Weights on the simplex -------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 import copy
 import logging
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import pytest
 import torch
@@ -482,6 +484,42 @@ def test_two_passes_when_tasks_come_and_go():
 def test_a_vectorised_pass_cannot_tell_whose_gradient_is_not_finite(nonfinite):
     with pytest.raises(ValueError, match=f"nonfinite='{nonfinite}' needs source='autograd'"):
         wrap(Heads(), gs.Sum(), nonfinite=nonfinite, source="batched")
+
+
+def test_records_are_the_same_if_they_are_the_same_object():
+    opt = wrap(model := Bent(), gs.PCGrad())
+    opt.backward(model.losses(batch()))
+    opt.combine()
+    assert opt.last == opt.last
+    assert opt.last != copy.copy(opt.last)
+    assert opt.last not in [copy.deepcopy(opt.last)]
+
+
+@dataclass(frozen=True)
+class Draws(gs.Rule):
+    """Notes the random numbers that it draws, one in each level."""
+
+    random: ClassVar[bool] = True
+
+    seen: list[float] = field(default_factory=list, compare=False, repr=False)
+
+    def mix(self, gram, state, *, active=None, generator=None):
+        self.seen.append(float(torch.rand((), generator=generator)))
+        return super().mix(gram, state, active=active, generator=generator)
+
+
+@pytest.mark.parametrize("model_class", [Bent, Heads])
+def test_random_numbers_go_on_from_level_to_level_and_from_step_to_step(model_class):
+    model, rule = model_class(), Draws()
+    opt = wrap(model, rule, seed=5)
+    for number in range(3):
+        opt.backward(model.losses(batch(number)))
+        opt.step()
+        opt.zero_grad()
+    generator = torch.Generator().manual_seed(5)
+    levels = 1 if model_class is Bent else 2
+    assert rule.seen == [float(torch.rand((), generator=generator)) for _ in range(3 * levels)]
+    assert torch.equal(opt.state_dict()["surgery"]["generator"], generator.get_state())
 
 
 def test_gradients_at_right_angles_are_no_conflict():

@@ -511,6 +511,22 @@ def test_an_error_in_a_streamed_pass_changes_nothing(what):
         assert torch.equal(opt.state_dict()["surgery"]["generator"], random)
 
 
+def test_an_error_in_a_streamed_pass_leaves_gradients_that_were_there():
+    model, opt = made(model=deep())
+    for step in range(2):
+        deep_step(model, opt, step)
+        opt.step()
+        opt.zero_grad()
+    for i, p in enumerate(model.parameters()):
+        p.grad = torch.ones_like(p).to_sparse() if i % 3 == 0 else torch.ones_like(p)
+    before = [p.grad for p in model.parameters()]
+    failing_step(model, opt)
+    for i, (p, grad) in enumerate(zip(model.parameters(), before, strict=True)):
+        assert torch.equal(p.grad.to_dense(), torch.ones_like(p))
+        assert p.grad.is_sparse == (i % 3 == 0)
+        assert p.grad.is_sparse or p.grad is grad  # where others may look for it, as in a bucket
+
+
 # --- The law ----------------------------------------------------------------------------------------------------------
 
 

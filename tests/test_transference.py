@@ -98,6 +98,23 @@ def test_pairs_that_never_met():
     assert "nan" in str(found)
 
 
+def test_after_a_single_step_the_mean_is_that_step():
+    x = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
+    transference = gs.Transference(relative=False)
+    opt = wrap(torch.nn.ParameterList([x]), transference, tasks=["a", "b", "c"])
+    opt.backward({"a": x.sum(), "b": x[0] - 4 * x[1]})
+    opt.combine()
+    found = transference.read(opt)
+    np.testing.assert_array_equal(found.mean, [[[2, -3, np.nan], [-3, 17, np.nan], [np.nan] * 3]])
+    np.testing.assert_array_equal(found.total, [[[2, -3, 0], [-3, 17, 0], [0] * 3]])
+    assert found.ranked("a") == [("b", -3.0)]
+    opt.zero_grad()
+    opt.backward({"a": x.sum(), "c": 5 * x[1]})
+    opt.combine()
+    assert transference.read(opt).ranked("a") == [("c", 5.0), ("b", -3.0)]
+    assert str(found).splitlines()[0].split() == ["source", "\\", "target", "a", "b", "c"]
+
+
 def test_zero_losses_are_left_out():
     x = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
     transference = gs.Transference()

@@ -236,6 +236,16 @@ def test_present_tasks_are_weighed_as_if_there_were_no_others(name):
         assert (weights[~active] == 1).all()
 
 
+@every_rule
+def test_absent_tasks_have_weight_one(rule):
+    actives = some_active()
+    found, state = run(rule, random_losses(), actives)
+    assert (found[~actives] == 1).all()
+    weights, after = rule.weigh(torch.zeros(4).double(), state, active=torch.zeros(4, dtype=torch.bool))
+    assert weights.tolist() == [1] * 4
+    check_equal_trees(after, state)
+
+
 def test_famo_compares_a_task_with_its_own_last_step():
     losses = torch.tensor([[1.0, 2.0, 4.0], [0.5, 0.0, 2.0], [0.25, 1.0, 0.0]], dtype=torch.float64)
     actives = losses > 0

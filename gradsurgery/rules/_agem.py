@@ -73,5 +73,5 @@ class AGEM(Rule):
         product = torch.where(anchors, 0.0, products).sum(-1, keepdim=True)
         size = torch.where(anchors, matrix.diagonal(dim1=-2, dim2=-1), 0.0).sum(-1, keepdim=True)
         fine = square > 1e-14 * size  # of anchors that cancel, rounding is left
-        multiple = torch.where(fine, -product / torch.where(fine, square, 1.0), 0.0).clamp_min(0)
+        multiple = torch.where(fine, -product / square, 0.0).clamp_min(0)
         return diagonal(torch.where(anchors, multiple, 1.0), gram, active), state

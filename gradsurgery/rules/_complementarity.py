@@ -28,7 +28,7 @@ def complementary(
     Returns:
         ``x``, ``[G, R, K]``. Not unique if ``C`` is singular; ``C x`` is.
     """
-    if not cosines.shape[-1] or not linear.numel():
+    if not linear.numel():
         return linear.clone()
     if linear.shape[-1] <= ENUMERATED:
         return _by_enumeration(cosines, linear)
@@ -217,7 +217,7 @@ def lifted(cosines: Tensor) -> Tensor:
     if not len(index):
         return cosines
     result = cosines.clone()
-    below = torch.linalg.eigvalsh(cosines[index].nan_to_num())[:, :1, None].clamp_max(0)
+    below = torch.linalg.eigvalsh(cosines[index].nan_to_num())[:, :1, None]
     result[index] -= 4 * below * eye
     return result
 

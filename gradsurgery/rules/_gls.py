@@ -41,6 +41,6 @@ class GLS(Rule):
     ) -> tuple[Tensor, State]:
         there = who_is_there(losses, active)
         logs = positive(self, losses, there).log()  # zero for absent tasks
-        count = there.sum().clamp_min(1)
+        count = there.sum()
         weights = (logs.sum() / count - logs).exp() / count
         return torch.where(there, weights, 1.0), state

@@ -96,10 +96,10 @@ class GradNorm(Rule):
         square = torch.where(step.active, step.gram.diagonal(dim1=-2, dim2=-1), 0.0).sum(0).to(weight)
         norm = square.sqrt()
         here = seen & (square > 0) & square.isfinite()
-        count = here.sum().clamp(min=1)
-        rate = torch.where(here & (initial != 0), losses / initial, 1.0).clamp_min(0)
+        count = here.sum()
+        rate = torch.where(initial != 0, losses / initial, 1.0).clamp_min(0)
         mean_rate = torch.where(here, rate, 0.0).sum() / count
         target = torch.where(here, norm, 0.0).sum() / count * (rate / mean_rate.clamp_min(1e-30)) ** self.alpha
         new = (weight - self.lr * (norm - target).sign() * norm / weight).clamp_min(self.smallest)
-        total = torch.where(here, weight, 0.0).sum() / torch.where(here, new, 0.0).sum().clamp_min(1e-30)
+        total = torch.where(here, weight, 0.0).sum() / torch.where(here, new, 0.0).sum()
         return {"weight": torch.where(here, new * total, weight), "initial": initial}

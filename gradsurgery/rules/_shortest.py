@@ -36,7 +36,7 @@ def _by_pivoting(gram: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
     inverse = torch.where(square > 0, square, 1.0).rsqrt()
     cosines = (gram * inverse.unsqueeze(-1)).mul_(inverse.unsqueeze(-2))
     cosines.diagonal(dim1=-2, dim2=-1).fill_(1)
-    linear = torch.where(there, -inverse, 0.0)
+    linear = -inverse * there
     allowed = 1e-12 * inverse.amax(-1, keepdim=True)
     w = by_pivoting(cosines, linear, there, allowed) * inverse
     w = w / w.sum(-1, keepdim=True)

@@ -25,4 +25,4 @@ def conditional(weights: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
     part = torch.where(active, weights, 0.0)
     total = part.sum(-1, keepdim=True)
     equal = active / active.sum(-1, keepdim=True).clamp(min=1)
-    return torch.where(total > 0, part / torch.where(total > 0, total, 1.0), equal), total
+    return torch.where(total > 0, part / total, equal), total
