@@ -160,7 +160,7 @@ def test_nearest_weights_of_several_groups():
     torch.testing.assert_close(nearest_weights(equal), columns[0])
 
 
-@pytest.mark.parametrize("rule", [gs.PCGrad(), gs.Chain(gs.GLS(), gs.MGDA())], ids=repr)
+@pytest.mark.parametrize("rule", [gs.PCGrad(), gs.Mean(), gs.Chain(gs.GLS(), gs.MGDA())], ids=repr)
 @pytest.mark.parametrize("first", [True, False])
 def test_what_a_skipped_step_found_is_not_reused(rule, first):
     model = Bent().double()
