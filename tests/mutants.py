@@ -300,10 +300,19 @@ class Mutated(importlib.machinery.SourceFileLoader):
 
 
 class Only:
-    """A pytest plugin: keeps some tests, in their order."""
+    """A pytest plugin: keeps some tests, in their order, and sees to it that they import the mutant.
 
-    def __init__(self, names: Sequence[str]) -> None:
+    Pytest would find files that it is given, as modules with doctests are, before anyone else does; and before it is
+    configured, it imports what ``conftest.py`` does.
+    """
+
+    def __init__(self, names: Sequence[str], mutated: Mutated) -> None:
         self.place = {name: place for place, name in enumerate(names)}
+        self.mutated = mutated
+        self.pytest_configure()
+
+    def pytest_configure(self) -> None:
+        sys.meta_path.insert(0, self.mutated)  # type: ignore[arg-type]
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         items[:] = sorted((item for item in items if item.nodeid in self.place), key=lambda item: self.place[item.nodeid])
@@ -324,8 +333,7 @@ def tried(mutation: MutationSpec, tests: dict[str, Any], imported: Sequence[str]
     def run() -> int:
         loader = Mutated(place.removesuffix(".py").replace("/", "."), str(path))
         loader.code = after
-        sys.meta_path.insert(0, loader)  # type: ignore[arg-type]
-        return next((code for files in _by_file(names, path) if (code := run_pytest(files, Only(names)))), 0)
+        return next((code for files in _by_file(names, path) if (code := run_pytest(files, Only(names, loader)))), 0)
 
     code = in_child(run, seconds=20 + 3 * sum(tests[name]["seconds"] for name in names), log=log)
     if code == 0:
