@@ -304,6 +304,13 @@ def test_many_anchors():
     np.testing.assert_allclose(found, more_oracles.gem(jacobian, anchors), rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize("kind", [gs.AlignedMTL, gs.DualProj, gs.SDMGrad, gs.UPGrad])
+def test_only_proportions_of_weights_count(kind):
+    jacobian = torch.tensor(many(3, 3, 5))
+    small, large = (gs.operate(jacobian, kind(weights={"0": size, "1": 2 * size, "2": size})) for size in (0.125, 4.0))
+    torch.testing.assert_close(small, large, rtol=1e-12, atol=1e-12)
+
+
 def test_memories_that_cancel_are_no_constraint():
     jacobian = torch.tensor([[1.0, -2.0, 0.5], [0.1, 0.2, 0.3], [-0.4, 0.7, 0.6], [0.3, -0.9, -0.9]]).double()
     assert torch.equal(gs.operate(jacobian, gs.AGEM(("1", "2", "3"))), jacobian[0])
