@@ -69,7 +69,7 @@ SCALES = {
     ),
     "tiny": Scale(
         Settings(steps=500),
-        Settings(steps=500, batch=128, keep=50),
+        Settings(steps=500, batch=128, keep=100),
         vocabulary=(4000, 12_000),
         longest=24,
     ),
