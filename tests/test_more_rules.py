@@ -380,6 +380,11 @@ def test_cr_mogm_is_a_moving_average_of_weights():
         np.testing.assert_allclose(found, w @ jacobian, rtol=1e-9)
 
 
+def test_states_are_no_larger_than_they_need_be():
+    assert gs.NashMTL().init(names(3), ["all"]) == {}
+    assert gs.SDMGrad().init([], ["all"])["w"].shape == (1, 0)
+
+
 def test_nash_mtl_keeps_its_weights_between_updates():
     rule = gs.NashMTL(update_every=3)
     state, found = None, []

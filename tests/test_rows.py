@@ -8,6 +8,7 @@ import torch
 from gradsurgery import _buffer
 from gradsurgery._arena import Arena
 from gradsurgery._buffer import Rows, Sparse, gram
+from gradsurgery._gradients import apart
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.complex128]
 
@@ -211,3 +212,16 @@ def test_columns_are_reduced_piece_by_piece(pieces, monkeypatch):
     assert torch.equal(rows.reduce(function, noise), expected)
     assert sum(lengths) == 20
     assert max(lengths) == min(max(pieces // 3, 1), 20)
+
+
+def test_gradients_that_share_memory_are_copied():
+    alone, whole, flowed_in = torch.ones(4), torch.arange(8.0), torch.ones(3)
+    sparse = torch.ones(2).to_sparse()
+    given = [alone, whole[:4], whole[4:], None, flowed_in, sparse, alone]
+    found = list(apart(given, [flowed_in]))
+    assert [one is other for one, other in zip(found, given, strict=True)] == [True, False, False, True, False, True, False]
+    memory = [gradient.untyped_storage() for gradient in found if gradient is not None and not gradient.is_sparse]
+    assert len({its.data_ptr() for its in memory}) == len(memory)
+    assert [its.nbytes() for its in memory] == [16, 16, 16, 12, 16]
+    for gradient, it in zip(found, given, strict=True):
+        assert gradient is it or torch.equal(gradient, it)
