@@ -43,7 +43,9 @@ class IMTLG(Rule):
     ) -> tuple[Tensor, State]:
         weights = _impartial(gram, active)
         weights = weights / weights.sum(-1, keepdim=True)
-        return diagonal(torch.where(weights.abs().sum(-1, keepdim=True) < 1e12, weights, 0.0), gram, active), state
+        if not (looks(gram) and weights.numel() and float(weights.abs().amax()) < 1e12):
+            weights = torch.where(weights.abs().amax(-1, keepdim=True) < 1e12, weights, 0.0)
+        return diagonal(weights, gram, active), state
 
 
 def _impartial(gram: Tensor, active: Tensor | None) -> Tensor:
@@ -54,7 +56,8 @@ def _impartial(gram: Tensor, active: Tensor | None) -> Tensor:
     gram = precise(gram)
     norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
     factor, info = torch.linalg.cholesky_ex(gram)
-    weights = torch.cholesky_solve(norms.unsqueeze(-1), factor).squeeze(-1)
+    half = torch.linalg.solve_triangular(factor, norms.unsqueeze(-1), upper=False)  # quicker than cholesky_solve
+    weights = torch.linalg.solve_triangular(factor.mT, half, upper=True).squeeze(-1)
     fine = (factor.diagonal(dim1=-2, dim2=-1) > 1e-2 * norms).logical_and_((weights * norms).abs_() <= 1e3)
     if active is not None:
         fine &= active
