@@ -57,7 +57,7 @@ def _impartial(gram: Tensor, active: Tensor | None) -> Tensor:
     norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
     factor, info = torch.linalg.cholesky_ex(gram)
     half = torch.linalg.solve_triangular(factor, norms.unsqueeze(-1), upper=False)  # quicker than cholesky_solve
-    weights = torch.linalg.solve_triangular(factor.mT, half, upper=True).squeeze(-1)
+    weights: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True).squeeze(-1)
     fine = (factor.diagonal(dim1=-2, dim2=-1) > 1e-2 * norms).logical_and_((weights * norms).abs_() <= 1e3)
     if active is not None:
         fine &= active
