@@ -44,7 +44,7 @@ class IMTLG(Rule):
         weights = _impartial(gram, active)
         weights = weights / weights.sum(-1, keepdim=True)
         if not (looks(gram) and weights.numel() and float(weights.abs().amax()) < 1e12):
-            weights = torch.where(weights.abs().amax(-1, keepdim=True) < 1e12, weights, 0.0)
+            weights = torch.where(weights.abs().sum(-1, keepdim=True) < 1e12, weights, 0.0)
         return diagonal(weights, gram, active), state
 
 
