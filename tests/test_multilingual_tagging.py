@@ -78,6 +78,25 @@ def test_sentences_are_read():
         list(treebanks.parse(CONLLU.replace("INTJ", "NN")))
 
 
+TURKISH = """\
+# sent_id = tr-blog:00000584:S049
+1\tbil\tbil\tVERB\tVB\t_\t2\tig
+2\tin\t_\tVERB\tVB\t_\t3\tig
+3\ten\t_\tADJ\tVJ\t_\t4\trcmod
+4\tNeo\tneo\tNOUN\tNNP\t_\t0\troot
+5\tda\tda\tPRT\tRPC\t_\t4\tprt
+6\tki\tki\tCONJ\tCC\tConjunctionType=Sub\t4\tcc
+7\tve\tve\tCONJ\tCC\tConjunctionType=Coor\t4\tcc
+"""
+
+
+def test_turkish_words_are_whole_and_their_tags_universal():
+    (found,) = treebanks.parse(TURKISH, treebanks.turkish)
+    assert found.words == ("bilinen", "Neo", "da", "ki", "ve")
+    assert [TAGS[tag] for tag in found.tags] == ["ADJ", "PROPN", "PART", "SCONJ", "CCONJ"]
+    assert treebanks._document(found, TREEBANKS["tr-web"].document) == "tr-blog:00000584"
+
+
 def test_documents_are_held_out_and_what_is_alike_is_there_once():
     rows = [
         Sentence(f"{document}-{i}", ("w" * (document + 1), f"{chr(97 + i)}!"), (0, 0))

@@ -321,9 +321,9 @@ def plan(wanted: Sequence[Job], out: Path, cache: Path, *, processes: int, devic
 
 _QUESTION = """\
 The same methods, on part-of-speech tagging with one pretrained multilingual encoder (multilingual-e5-small, whose weights
-come in 4 bits). There are treebanks of two languages only, so that domains are tasks too. The scores are of words: the mean
-F1 of the tags, and accuracy. The first row has a model of its own for each task, with as many steps as the joint ones have
-for all."""
+come in 4 bits). There are treebanks of three languages only, so that domains are tasks too. The scores are of words: the
+mean F1 of the tags, and accuracy. The first row has a model of its own for each task, with as many steps as the joint ones
+have for all."""
 
 
 def section(wanted: Sequence[Job], out: Path) -> Section:

