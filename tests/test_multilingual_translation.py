@@ -427,6 +427,11 @@ def test_the_runs_of_the_tables():
     assert len({run.name for run in runs}) == len(runs)
     extra = set(jobs.ablation_jobs(scale, range(3))) - set(runs)
     assert {run.method for run in extra} == {m for rows in ABLATIONS.values() for m in rows} - set(TABLE_65)
+    longer = jobs.longer_jobs(scale, range(3))
+    assert {run.method for run in set(longer) & set(runs)} == {BILINGUAL}
+    of_seed = [run for run in longer if run.seed == 0]
+    together = sum(run.settings.steps for run in of_seed if run.method == BILINGUAL)
+    assert {run.settings.steps for run in of_seed if run.method != BILINGUAL} == {together}
     massive, study = jobs.massive_jobs(scale, range(1)), jobs.study_jobs(scale, range(1))
     assert len(set(massive) & set(study)) == 2  # joint training with T=5 serves both
 
@@ -451,6 +456,7 @@ def few(in_process, monkeypatch):
     for module in (jobs, tables):
         monkeypatch.setattr(module, "TABLE_65", chosen)
         monkeypatch.setattr(module, "DIRECTIONS", ("from-en",))
+        monkeypatch.setattr(module, "LONGER", chosen[1:])
     monkeypatch.setattr(jobs.table_jobs, "__defaults__", (("from-en",),))
     return chosen
 
@@ -468,6 +474,11 @@ def test_the_command_makes_the_table_and_goes_on_where_it_was(few, tmp_path, cac
     assert not any(path.name == "checkpoint.pt" for path in before)
     main(arguments)
     assert {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*")} == before
+    main(["longer", *arguments[1:]])
+    printed = capsys.readouterr().out
+    assert all(f"| {method} |" in printed for method in few)
+    assert tables.NOT_RUN not in printed
+    assert sum(1 for _ in out.glob("runs/*/result.json")) == 8  # the bilingual models are those of the table
     monkeypatch.setattr(plan, "measured", lambda *_, **__: plan.Times(start=0, step=0.5, evaluation=2, geometry=100))
     main([*arguments, "--plan", "--seeds", "2"])
     # Two steps of half a second each, and two seconds for each task's evaluation, of which the six runs have twelve.

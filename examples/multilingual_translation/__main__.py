@@ -118,7 +118,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     known.add_argument("command", nargs="?", default="table", choices=COMMANDS, help="data: fetch texts and count them; "
                        "cost: time and memory of a step on all languages, against plain training; "
-                       "table: 6.5; ablations: 6.2 to 6.4; massive: 6.6; study, trilingual: models for 6.2; "
+                       "table: 6.5; ablations: 6.2 to 6.4; longer: joint models for as many steps as all bilingual ones; "
+                       "massive: 6.6; study, trilingual: models for 6.2; "
                        "tagging: 6.8; all of these; "
                        "report: one page of what there is")  # fmt: skip
     known.add_argument("--size", default="tiny", choices=[name for name in SCALES if name != "quick"], help="of everything")

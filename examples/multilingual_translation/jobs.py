@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from .corpus import Corpus, Recipe, prepare
 from .languages import FAMILY, FOUR, tasks_of
-from .methods import ABLATIONS, BEST, BILINGUAL, JOINT, TABLE_65
+from .methods import ABLATIONS, BEST, BILINGUAL, JOINT, LONGER, TABLE_65
 from .sources import languages_of
 from .train import Job, Result, Settings, Trainer
 
@@ -111,6 +111,18 @@ def ablation_jobs(scale: Scale, seeds: Iterable[int]) -> list[Job]:
     return [Job(method, tasks, seed, scale.settings, recipe) for seed in seeds for method in methods]
 
 
+def longer_jobs(scale: Scale, seeds: Iterable[int]) -> list[Job]:
+    """Joint models from English, for as many steps as the bilingual ones take together; and those."""
+    recipe = scale.four()
+    tasks = tasks_of(recipe.languages, "from-en")
+    settings = replace(scale.settings, steps=len(tasks) * scale.settings.steps)
+    jobs = []
+    for seed in seeds:
+        jobs += [Job(method, tasks, seed, settings, recipe) for method in LONGER]
+        jobs += [Job(BILINGUAL, (task,), seed, scale.settings, recipe) for task in tasks]
+    return jobs
+
+
 def massive_jobs(scale: Scale, seeds: Iterable[int], directions: Sequence[str] = DIRECTIONS) -> list[Job]:
     """Table 6.6: all languages, sampled with T=1, with T=5, and with T=5 and GradVac."""
     recipe, settings = scale.all(), scale.massive
@@ -155,6 +167,7 @@ def trilingual_jobs(scale: Scale, seeds: Iterable[int]) -> list[Job]:
 PARTS = {
     "table": table_jobs,
     "ablations": ablation_jobs,
+    "longer": longer_jobs,
     "massive": massive_jobs,
     "study": study_jobs,
     "trilingual": trilingual_jobs,

@@ -73,6 +73,8 @@ METHODS: dict[str, Method] = {
 """Name → method. GradVac operates on the scarce tasks only (LRL_only), with β=1e-2, where its name says nothing else."""
 
 TABLE_65 = tuple(METHODS)[:9]
+LONGER = (JOINT, "PCGrad, all_layer", "GradVac, fixed_obj", BEST)
+"""That are also trained longer."""
 ABLATIONS = {
     "6.2: which tasks are operated on": ("GradVac, HRL_only", BEST, "GradVac, all_task"),
     "6.3: granularity": ("GradVac, whole_model", "GradVac, enc_dec", BEST, "GradVac, all_matrix"),

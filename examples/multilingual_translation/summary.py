@@ -31,6 +31,9 @@ would be below .05 if all methods were alike.""",
     "ablations": """\
 What of GradVac matters: which tasks are operated on, how finely the model is divided into surgery groups, or how slowly
 the targets follow the similarities?""",
+    "longer": """\
+In Table 6.5 a bilingual model has as many steps for one pair as a joint one has for all. Here joint models take as many
+steps as all bilingual ones together. Does a rule do more in models that are trained longer?""",
     "massive": """\
 All languages in one model. T=1 samples them as they come, T=5 gives those with few texts more than their share. Scores
 are means over languages; few pairs are those with less than half as many as the largest.""",
@@ -101,6 +104,11 @@ class Summary:
         """Tables 6.2 to 6.4."""
         text = tables.ablations(results_of(jobs, self._out), self._scale)
         return Section("Ablations (Tables 6.2 to 6.4)", _QUESTIONS["ablations"], text)
+
+    def longer(self, jobs: Sequence[Job]) -> Section:
+        """Joint models that are trained longer."""
+        text = tables.longer(results_of(jobs, self._out), self._scale)
+        return Section("Trained longer", _QUESTIONS["longer"], text)
 
     def massive(self, jobs: Sequence[Job]) -> Section:
         """Table 6.6."""

@@ -12,7 +12,7 @@ from examples.translation.report import interval
 from .corpus import Corpus
 from .jobs import DIRECTIONS, Scale
 from .languages import tasks_of
-from .methods import ABLATIONS, BILINGUAL, JOINT, TABLE_65
+from .methods import ABLATIONS, BILINGUAL, JOINT, LONGER, TABLE_65
 from .train import Job, Result, metrics, references_of, scarce
 
 Results = Mapping[Job, Result]
@@ -126,6 +126,15 @@ def ablations(results: Results, scale: Scale) -> str:
     return "\n\n".join(
         f"**{title}, BLEU**\n\n{scores(results, rows, tasks, SCORES['BLEU'])}" for title, rows in ABLATIONS.items()
     )
+
+
+def longer(results: Results, scale: Scale) -> str:
+    """The rows of Table 6.5 that were trained longer, and what they saw, did and took."""
+    tasks, rows = tasks_of(scale.four().languages, "from-en"), (BILINGUAL, *LONGER)
+    parts = [
+        f"**{name}**\n\n{scores(results, rows, tasks, score, 3 if name == LOSS else 2)}" for name, score in SCORES.items()
+    ]
+    return "\n\n".join([*parts, costs(results, scale)])
 
 
 def bootstrap(results: Results, methods: Sequence[str], tasks: Sequence[str], corpus: Corpus, samples: int = 1000) -> str:
