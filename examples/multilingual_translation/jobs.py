@@ -104,9 +104,9 @@ def table_jobs(scale: Scale, seeds: Iterable[int], directions: Sequence[str] = D
 
 
 def ablation_jobs(scale: Scale, seeds: Iterable[int]) -> list[Job]:
-    """Tables 6.2 to 6.4, from English; their common runs once."""
+    """Tables 6.2 to 6.4, from English, and what they are compared with; their common runs once."""
     recipe = scale.four()
-    methods = dict.fromkeys(method for rows in ABLATIONS.values() for method in rows)
+    methods = dict.fromkeys((JOINT, *(method for rows in ABLATIONS.values() for method in rows)))
     tasks = tasks_of(recipe.languages, "from-en")
     return [Job(method, tasks, seed, scale.settings, recipe) for seed in seeds for method in methods]
 

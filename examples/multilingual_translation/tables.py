@@ -113,8 +113,7 @@ def table_65(results: Results, scale: Scale, corpus: Corpus | None) -> str:
     for direction in DIRECTIONS:
         tasks = tasks_of(scale.four().languages, direction)
         for name, score in SCORES.items():
-            digits = 3 if "loss" in name else 2
-            parts.append(f"**{WORDS[direction]}, {name}**\n\n{scores(results, TABLE_65, tasks, score, digits)}")
+            parts.append(f"**{WORDS[direction]}, {name}**\n\n{scores(results, TABLE_65, tasks, score, _digits(name))}")
         if corpus is not None and (found := bootstrap(results, TABLE_65, tasks, corpus)):
             parts.append(f"**{WORDS[direction]}, paired bootstrap against {JOINT}: p-values of BLEU**\n\n{found}")
     return "\n\n".join(parts)
@@ -124,16 +123,20 @@ def ablations(results: Results, scale: Scale) -> str:
     """Tables 6.2 to 6.4."""
     tasks = tasks_of(scale.four().languages, "from-en")
     return "\n\n".join(
-        f"**{title}, BLEU**\n\n{scores(results, rows, tasks, SCORES['BLEU'])}" for title, rows in ABLATIONS.items()
+        f"**{title}, {name}**\n\n{scores(results, (JOINT, *rows), tasks, score, _digits(name))}"
+        for title, rows in ABLATIONS.items()
+        for name, score in SCORES.items()
     )
+
+
+def _digits(name: str) -> int:
+    return 3 if name == LOSS else 2
 
 
 def longer(results: Results, scale: Scale) -> str:
     """The rows of Table 6.5 that were trained longer, and what they saw, did and took."""
     tasks, rows = tasks_of(scale.four().languages, "from-en"), (BILINGUAL, *LONGER)
-    parts = [
-        f"**{name}**\n\n{scores(results, rows, tasks, score, 3 if name == LOSS else 2)}" for name, score in SCORES.items()
-    ]
+    parts = [f"**{name}**\n\n{scores(results, rows, tasks, score, _digits(name))}" for name, score in SCORES.items()]
     return "\n\n".join([*parts, costs(results, scale)])
 
 
