@@ -67,7 +67,7 @@ class Features(TaskGradients):
                 depends on another, or if a parameter is reached both through them and past them.
         """
         tensors = list({place_of(feature): feature for feature in features}.values())
-        trained = [p for p, parameter in enumerate(self.parameters) if parameter.requires_grad]
+        trained = self.trained
         targets = [*tensors, *(self.parameters[p] for p in trained)]
         count = len(tensors)
         masks = reached_by([node_of(loss.output) for loss in losses], targets)

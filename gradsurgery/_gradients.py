@@ -56,6 +56,27 @@ class TaskGradients:
         self.device = self.parameters[0].device
         self.dtype = torch.float32 if self.device.type == "mps" else torch.float64  # MPS has no float64
         self._plans: dict[Hashable, Plan] = {}
+        self._indices: dict[tuple[int, ...], Tensor] = {}
+
+    @property
+    def trained(self) -> list[int]:
+        """The parameters that are not frozen."""
+        return [p for p, parameter in enumerate(self.parameters) if parameter.requires_grad]
+
+    def targets(self) -> tuple[list[nn.Parameter], list[Rows]]:
+        """The parameters that are not frozen, and their rows."""
+        trained = self.trained
+        return [self.parameters[p] for p in trained], [self.rows[p] for p in trained]
+
+    def zeros(self, count: int) -> Tensor:
+        """Numbers of tasks, ``[K]``: all zero."""
+        return torch.zeros(count, dtype=self.dtype, device=self.device)
+
+    def index(self, tasks: tuple[int, ...]) -> Tensor:
+        """Indices of tasks, on the device. They are kept, since to send them there waits for it."""
+        if tasks not in self._indices:
+            self._indices[tasks] = torch.tensor(tasks, device=self.device)
+        return self._indices[tasks]
 
     def with_rows(self, rows: list[Rows]) -> TaskGradients:
         """The same parameters, with other rows."""

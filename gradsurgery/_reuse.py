@@ -1,17 +1,35 @@
-"""Steps without surgery: the last mixing, reused by one weighted backward pass."""
+"""Steps without surgery: one backward pass of weighted losses, by the last mixing or by a rule that weighs losses."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._gradients import TaskGradients, apart
+from ._rule import Rule, State, implements
+from ._state import guarded
 from ._step import Step
 
 _RIDGE = 1e-3
+
+
+class Weighed(NamedTuple):
+    """Losses that were weighed ahead of backward passes.
+
+    Attributes:
+        losses: ``[K]``, of the step so far; zero for tasks that are not there.
+        present: ``[K]``, the tasks that are there.
+        weights: ``[K]``; None if the rule weighs none.
+        state: the rule's new one.
+    """
+
+    losses: Tensor
+    present: Tensor
+    weights: Tensor | None
+    state: State
 
 
 class Reuse:
@@ -32,6 +50,11 @@ class Reuse:
         self.steps = 0
         self.weights = self.own = torch.empty(0)
         self.shared: frozenset[str] = frozenset()
+        self.forget()
+
+    def forget(self) -> None:
+        """Forgets everything about the step that is under way."""
+        self._weighed: Weighed | None = None
 
     @property
     def rests(self) -> bool:
@@ -63,7 +86,7 @@ class Reuse:
         add: Callable[[int, Tensor], None],
     ) -> None:
         """Hands ``add`` each gradient: from weighted seeds for shared parameters, from the others for those of one task."""
-        trained = [p for p, parameter in enumerate(gradients.parameters) if parameter.requires_grad]
+        trained = gradients.trained
         shared = [p for p in trained if gradients.names[p] in self.shared]
         alone = [p for p in trained if gradients.names[p] not in self.shared]
         for chosen, starts, keep in ((alone, own, bool(shared) or retain_graph), (shared, weighted, retain_graph)):
@@ -73,6 +96,50 @@ class Reuse:
                 for p, gradient in zip(chosen, apart(found, starts), strict=True):
                     if gradient is not None:
                         add(p, gradient)
+
+    def weigh(self, rule: Rule, losses: Tensor, present: Tensor, state: State, generator: torch.Generator) -> None:
+        """Weighs losses ahead of a backward pass: in a step's first one, for all of the step.
+
+        Args:
+            rule: what weighs them; without surgery it is all that a rule does.
+            losses: ``[K]``, of the pass.
+            present: ``[K]``, the tasks that are there.
+            state: the rule's.
+            generator: that it draws from.
+        """
+        before = self._weighed
+        if before is not None:
+            self._weighed = before._replace(losses=before.losses + losses, present=before.present | present)
+            return
+        weights = None
+        if implements(rule, "weigh"):
+            weights, state = rule.weigh(losses, state, active=present, generator=generator)
+        self.weights = self.own = torch.ones_like(losses) if weights is None else weights
+        self._weighed = Weighed(losses, present, weights, state)
+
+    def finish(self, gradients: TaskGradients, tasks: tuple[str, ...], state: State) -> tuple[State, Step | None]:
+        """Ends a step without surgery.
+
+        Args:
+            gradients: whose ``p.grad`` are complete.
+            tasks: names of the tasks.
+            state: the rule's.
+
+        Returns:
+            The rule's new state, which is the old one where a gradient or a loss is not finite, and what is known of the
+            step: its losses and their weights, if they were weighed ahead.
+        """
+        self.steps += 1
+        if self._weighed is None:
+            return state, None
+        losses, present, weights, new = self._weighed
+        if state:
+            found = [parameter.grad for parameter in gradients.parameters if parameter.grad is not None]
+            values = [losses, *(gradient._values() if gradient.is_sparse else gradient for gradient in found)]
+            finite = [value.isfinite().all().to(gradients.device) for value in values]
+            state = guarded(finite, old=state, new=new)
+        none = losses.new_zeros(0, len(tasks), len(tasks))
+        return state, Step(tasks, (), none[:, 0].bool(), none, none, losses.masked_fill(~present, torch.nan), weights)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""

@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._combination import Combination
-from ._compile import donated_buffers_explained
 from ._coordinates import AnyRule, parts
-from ._counts import Counts, read_samples
 from ._features import Features, FeatureSpec, read_features
 from ._gradients import TaskGradients
 from ._joint import joint_loss
 from ._losses import Losses, read_losses, task_names
 from ._mixed import MixedBatch
-from ._ranks import Lockstep, Lost, Meeting, Outlook, Ranks
+from ._passes import BatchPass, TaskPass
+from ._ranks import Lockstep, Lost, Meeting, Ranks
 from ._reuse import Reuse
 from ._rule import State, implements
-from ._state import guarded, loaded
+from ._state import loaded
 from ._step import Step
 from ._stream import Stream, Streaming
-from .sources import Root, Source
-from .sources._split import Pass
+from .sources import Source
 
 _log = logging.getLogger("gradsurgery")
 
@@ -42,14 +39,6 @@ def _partial() -> Iterator[None]:
         yield
     except BaseException as error:
         raise _Partial from error
-
-
-class Weighed(NamedTuple):
-    """The losses of a step that were weighed ahead of its backward passes, which tasks they are of, and the new state."""
-
-    losses: Tensor
-    present: Tensor
-    state: State
 
 
 class Surgery:
@@ -106,7 +95,6 @@ class Surgery:
         self._verify = verify
         self._stream = stream
         self._usual_passes = 0  # most backward passes that a step had
-        self._indices: dict[tuple[int, ...], Tensor] = {}
         self.ranks = ranks
         ranks.join(self)
         self.forget()
@@ -121,7 +109,7 @@ class Surgery:
         self._rested = False  # this step reuses a mixing: its gradients are in p.grad already
         self._sits_out: tuple[int, ...] = ()  # tasks of this step whose gradients are not finite
         self._done = ""  # how, if this step's surgery is done already
-        self._weighed: Weighed | None = None  # by a rule that weighs losses ahead of the backward pass
+        self.reuse.forget()
         self.ranks.forget()
 
     @property
@@ -166,7 +154,6 @@ class Surgery:
         self.forget()
         self.split = batch
         self.generator = torch.Generator(gradients.device).manual_seed(self._seed)
-        self._indices.clear()
         if self.tasks is not None:
             self.state = loaded(self.state, self.fresh_state(self.tasks))
         self.reuse.load_state_dict(self.reuse.state_dict(), gradients)
@@ -247,28 +234,24 @@ class Surgery:
             raise ValueError("One step holds backward passes with `features` and without. Pass them in all of its passes.")
         before = self.tasks, self.state
         try:
-            if batch is not None:
-                if samples is not None:
-                    raise ValueError(
-                        "`samples` is for losses of tasks: a mixed batch is counted. Leave it out after split()."
-                    )
-                self._backward_mixed(batch.check(losses), batch, scaler, seed, retain_graph)
+            found: TaskPass | BatchPass
+            if batch is None:
+                found = self._tasks_pass(losses, samples, ends, retain_graph)
+            elif samples is None:
+                found = self._batch_pass(batch.check(losses), batch)
             else:
-                self._backward_tasks(losses, scaler, seed, retain_graph, samples, ends)
+                raise ValueError("`samples` is for losses of tasks: a mixed batch is counted. Leave it out after split().")
+            factors, streams = self._begin(found, scaler, seed)
+            with _partial():
+                self._run(found, factors, streams, retain_graph)
         except _Partial as partial:
             self.forget()
             self.tasks, self.state = before
             raise partial.__cause__ from None  # type: ignore[misc]
 
-    def _backward_tasks(
-        self,
-        losses: Losses,
-        scaler: torch.amp.GradScaler | None,
-        seed: Tensor | None,
-        retain_graph: bool,
-        samples: Mapping[str, float] | None,
-        ends: list[Tensor] | None,
-    ) -> None:
+    def _tasks_pass(
+        self, losses: Losses, samples: Mapping[str, float] | None, ends: list[Tensor] | None, retain_graph: bool
+    ) -> TaskPass:
         found = read_losses(losses, self.tasks, none=self.ranks.size > 1)
         step, targets = self.features, None
         if ends is not None and not self.reuse.rests:
@@ -278,108 +261,35 @@ class Surgery:
         if self.tasks is None:
             self.set_tasks(task_names(losses))
         assert self.tasks is not None
-        index = {name: k for k, name in enumerate(self.tasks)}
-        like = self.per_task
-        values = like.index_put(
-            (self._index(tuple(index[loss.name] for loss in found)),),
-            torch.stack([loss.value.detach().reshape(()).to(like) for loss in found]) if found else like[:0],
-        )
-        counts = read_samples(samples, [loss.name for loss in found], self.tasks)
-        factors, _ = self._begin(values, [index[loss.name] for loss in found], scaler, seed, counts)
-        roots = [
-            Root(index[loss.name], loss.name, loss.output, factors[index[loss.name]].to(loss.value).expand(loss.shape))
-            for loss in found
-        ]
-        if self._rested:
-            own, shared = (
-                [root.gradient * weights[root.task].to(root.gradient) for root in roots]
-                for weights in (self.reuse.own, self.reuse.weights)
-            )
-            with _partial():
-                outputs = [root.output for root in roots]
-                self.reuse.gradients(outputs, own, shared, self.gradients, retain_graph, self._add_rested)
-            return
+        made = TaskPass(found, self.tasks, samples, self.gradients, self.source, targets)
         if targets is not None:
             self.features = step
-            parameters, rows = targets
-        else:
-            trained = self._trained()
-            parameters = [self.gradients.parameters[p] for p in trained]
-            rows = [self.gradients.rows[p] for p in trained]
-        with _partial():
-            self.source(roots, parameters, rows, retain_graph=retain_graph)
+        return made
 
-    def _backward_mixed(
-        self,
-        losses: Tensor,
-        batch: MixedBatch,
-        scaler: torch.amp.GradScaler | None,
-        seed: Tensor | None,
-        retain_graph: bool,
-    ) -> None:
+    def _batch_pass(self, losses: Tensor, batch: MixedBatch) -> BatchPass:
         verify = self._verify and not self.due
-        values, single, outlook = batch.values(losses, self.per_task), None, None
-        trained = self._trained()
-        parameters = [self.gradients.parameters[p] for p in trained]
-        inflow = self.ranks.inflow(trained)
-        rows, names = [self.gradients.rows[p] for p in trained], [self.gradients.names[p] for p in trained]
-        if not self.reuse.rests:
-            leaves, own = (parameters, rows) if inflow is None else (inflow.leaves, inflow.rows)
-            with _partial(), donated_buffers_explained():
-                single = Pass(losses, batch.labels(losses), leaves, own, names)
-            stream = bool(self.streaming) and not verify and self._usual_passes == len(self.passes) + 1
-            outlook = Outlook(stream, verify, partial(self._outlook, single, trained))
-        factors, streams = self._begin(values, batch.present, scaler, seed, batch.counts(losses), outlook)
-        if single is None:
-            alone, shared = ([batch.seeds(losses, factors * w)] for w in (self.reuse.own, self.reuse.weights))
-            with _partial():
-                self.reuse.gradients([losses], alone, shared, self.gradients, retain_graph, self._add_rested)
-            return
-        if inflow is not None:
-            factors = factors / self.ranks.divisor  # rows are added up here, where others take means
-        seeds = batch.seeds(losses, factors)
-        with _partial(), donated_buffers_explained():
-            if streams:
-                self._run_streaming(single, trained, seeds, retain_graph)
-            elif inflow is not None:
-                self.ranks.run(single, inflow, seeds, retain_graph=retain_graph or verify)
-            else:
-                single.run(seeds, retain_graph=retain_graph or verify)
-            if verify:
-                weights = 0.5 + torch.rand(len(factors), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-                weights = weights.to(factors)
-                weighted, failed = batch.seeds(losses, factors * weights), None
-                plain = self.ranks.plain(losses, weighted, parameters, retain_graph=retain_graph)
-                try:
-                    single.verify(weights, plain, rows)
-                except RuntimeError as error:
-                    failed = error
-                self.ranks.together(failed)
+        streams = bool(self.streaming) and not verify and self._usual_passes == len(self.passes) + 1
+        inflow, follow = self.ranks.inflow(self.gradients.trained), not self.reuse.rests
+        with _partial():
+            return BatchPass(
+                losses, batch, self.gradients, self.ranks, inflow, follow=follow, streams=streams, verify=verify
+            )
+
+    def _run(self, found: TaskPass | BatchPass, factors: Tensor, streams: bool, retain_graph: bool) -> None:
+        """Runs a backward pass: into the rows, into ``p.grad`` if there is no surgery, or through the rule at once."""
+        if self._rested:
+            own, shared = (found.seeds(factors * weights) for weights in (self.reuse.own, self.reuse.weights))
+            self.reuse.gradients(found.outputs, own, shared, self.gradients, retain_graph, self._add_rested)
+        elif streams and isinstance(found, BatchPass):
+            combination = self._combination(self.gradients, undoable=True)
+            self._combine_in(*found.stream(combination, factors, retain_graph=retain_graph), combination)
+            self._done = "streamed"
+        else:
+            found.run(factors, retain_graph=retain_graph)
+            if found.verifies:
                 self._verify = False
 
-    def _outlook(self, single: Pass, trained: Sequence[int]) -> tuple[list[set[int]], list[int]]:
-        tasks: list[set[int]] = [set() for _ in self.gradients.parameters]
-        found, order = single.outlook()
-        for p, own in zip(trained, found, strict=True):
-            tasks[p] = own
-        return tasks, [trained[i] for i in order]
-
-    def _run_streaming(self, single: Pass, trained: Sequence[int], seeds: Tensor, retain_graph: bool) -> None:
-        combination = self._combination(self.gradients, undoable=True)
-        awaited = [trained[i] for i in single.reached]
-        parts = self.ranks.parts
-        stream: Stream | Lockstep = Stream(self.gradients, combination, awaited)
-        if parts is not None:
-            stream = Lockstep(combination.stages, parts, awaited)
-
-        def run() -> None:
-            new, complete = self.gradients.arena.take, stream.complete
-            single.run(seeds, retain_graph=retain_graph, complete=lambda i: complete(trained[i]), new=new)
-
-        self._combine_in(stream, combination, run)
-        self._done = "streamed"
-
-    def _combine_in(self, stream: Stream | Lockstep, combination: Combination, run: Callable[[], None]) -> None:
+    def _combine_in(self, stream: Stream | Lockstep, run: Callable[[], None], combination: Combination) -> None:
         """Combines what ``run`` brings; or, where anything goes wrong on any rank, leaves everything as it was on all."""
         failed: Exception | None = None
         try:
@@ -420,30 +330,20 @@ class Surgery:
             )
         self._done = ""
 
-    def _trained(self) -> list[int]:
-        return [p for p, parameter in enumerate(self.gradients.parameters) if parameter.requires_grad]
-
     def _begin(
-        self,
-        values: Tensor,
-        tasks: Iterable[int],
-        scaler: torch.amp.GradScaler | None,
-        seed: Tensor | None,
-        counts: Counts,
-        outlook: Outlook | None = None,
+        self, found: TaskPass | BatchPass, scaler: torch.amp.GradScaler | None, seed: Tensor | None
     ) -> tuple[Tensor, bool]:
         """What comes before a backward pass: the tasks' factors ``[K]``, and whether surgery happens inside it."""
-        tasks = list(tasks)
-        present = torch.zeros_like(values, dtype=torch.bool).index_fill(0, self._index(tuple(tasks)), True)
+        values, gradients = found.values, self.gradients
+        present = torch.zeros_like(values, dtype=torch.bool).index_fill(0, gradients.index(found.present), True)
         self._rested = self.reuse.rests
-        meeting = self.ranks.meet(values, present, counts, ahead=self._rested, outlook=outlook)
+        meeting = self.ranks.meet(values, present, found.counts, ahead=self._rested, outlook=found.outlook)
         if self.weighs_ahead:
             self.weigh(meeting)
         shares = meeting.shares
         factors = torch.ones_like(values)
         if shares is not None:
             factors, values = factors * (shares * self.ranks.divisor), values * shares
-        gradients = self.gradients
         if scaler is not None:
             self.scale = scaler.scale(torch.ones((), device=gradients.device))
         if seed is None:
@@ -454,22 +354,14 @@ class Surgery:
             factors = factors * seed
         if not self._rested:
             if not self.due:
-                gradients.expect(tasks)
+                gradients.expect(found.present)
             self.passes.append((values, present))
         return factors, meeting.streams
 
     @torch.no_grad()
     def weigh(self, meeting: Meeting) -> None:
-        """Weighs losses ahead of a backward pass: in a step's first one, for all of the step."""
-        losses, present = meeting.losses, meeting.present
-        if self._weighed is None:
-            weights, state = torch.ones_like(losses), self.state
-            if implements(self.rule, "weigh"):
-                weights, state = self.rule.weigh(losses, state, active=present, generator=self.generator)
-            self.reuse.weights = self.reuse.own = weights
-            self._weighed = Weighed(losses, present, state)
-        else:
-            self._weighed = Weighed(self._weighed.losses + losses, self._weighed.present | present, self._weighed.state)
+        """Weighs losses ahead of a backward pass."""
+        self.reuse.weigh(self.rule, meeting.losses, meeting.present, self.state, self.generator)
 
     @torch.no_grad()
     def combine(self) -> None:
@@ -490,7 +382,7 @@ class Surgery:
         assert self.tasks is not None
         if self.ranks.parts is not None:
             combination = self._combination(self.gradients, undoable=True)
-            self._combine_in(Lockstep(combination.stages, self.ranks.parts), combination, lambda: None)
+            self._combine_in(Lockstep(combination.stages, self.ranks.parts), lambda: None, combination)
             return
         gradients = self.ranks.reduce(self.gradients if self.features is None else self.features)
         if self.nonfinite != "propagate":
@@ -512,24 +404,11 @@ class Surgery:
             combined = ((p, rows.alone()) for p, rows in enumerate(gradients.rows) if rows.tasks)
             for p, whole in self.ranks.gather(combined):
                 gradients.accumulate(p, whole)
-        if self._weighed is not None:
-            self._finish_weighed(self._weighed)
-        self.reuse.steps += 1
+        assert self.tasks is not None
+        self.state, last = self.reuse.finish(self.gradients, self.tasks, self.state)
+        self.last = last or self.last
         self.forget()
         self.ranks.check(self.state)
-
-    def _finish_weighed(self, weighed: Weighed) -> None:
-        assert self.tasks is not None
-        if self.state:
-            found = [parameter.grad for parameter in self.gradients.parameters if parameter.grad is not None]
-            values = [weighed.losses, *(gradient._values() if gradient.is_sparse else gradient for gradient in found)]
-            finite = [value.isfinite().all().to(self.gradients.device) for value in values]
-            self.state = guarded(finite, old=self.state, new=weighed.state)
-        count = len(self.tasks)
-        none = weighed.losses.new_zeros(0, count, count)
-        losses = weighed.losses.masked_fill(~weighed.present, torch.nan)
-        weights = self.reuse.own if implements(self.rule, "weigh") else None
-        self.last = Step(self.tasks, (), none[:, 0].bool(), none, none, losses, weights)
 
     def _combination(self, gradients: TaskGradients, *, undoable: bool = False) -> Combination:
         assert self.tasks is not None
@@ -539,7 +418,7 @@ class Surgery:
             losses, present = seen.sum(0), there.any(0)
         losses, present = self.ranks.own(losses, present)
         if self._sits_out:
-            present = present.index_fill(0, self._index(self._sits_out), False)
+            present = present.index_fill(0, self.gradients.index(self._sits_out), False)
             losses = torch.where(present, losses, 0.0)
         return Combination(
             gradients,
@@ -569,12 +448,7 @@ class Surgery:
     def per_task(self) -> Tensor:
         """Zeros, one for each task."""
         assert self.tasks is not None
-        return torch.zeros(len(self.tasks), dtype=self.gradients.dtype, device=self.gradients.device)
-
-    def _index(self, tasks: tuple[int, ...]) -> Tensor:
-        if tasks not in self._indices:
-            self._indices[tasks] = torch.tensor(tasks, device=self.gradients.device)
-        return self._indices[tasks]
+        return self.gradients.zeros(len(self.tasks))
 
     def _check_finite(self, tasks: tuple[str, ...], gradients: TaskGradients) -> None:
         bad = self.ranks.union(gradients.not_finite())
@@ -598,9 +472,9 @@ class Surgery:
         if self.ranks.size > 1:
             raise TypeError("An optimizer that works with other processes cannot be copied: save its state_dict() instead.")
         # Gradients are not saved. Whoever unpickles this gives it `gradients`, and calls `forget`.
-        left_out = ("gradients", "_indices", "last", "passes", "split", "features", "scale")
+        left_out = ("gradients", "last", "passes", "split", "features", "scale")
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._indices, self.last = {}, None
+        self.last = None

@@ -22,9 +22,11 @@ from .alone import Meeting, Outlook, Ranks
 from .find import ProcessGroup, ranks_of, source_for, take_over
 from .lockstep import Lockstep
 from .replicas import Replicas
+from .unsharded import Inflow
 from .wire import Lost
 
 __all__ = [
+    "Inflow",
     "Lockstep",
     "Lost",
     "Meeting",
