@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .._counts import Counts
 from .._gradients import TaskGradients
+from .._reuse import Reuse
 from .._rule import State
 
 if TYPE_CHECKING:
-    from .._surgery import Surgery
     from ..sources._split import Pass
     from .rounds import Round
     from .unsharded import Inflow
@@ -49,6 +49,54 @@ class Outlook(NamedTuple):
     look: Callable[[], tuple[Sequence[Collection[int]], Sequence[int]]]
 
 
+class Member(Protocol):
+    """What a rank's surgery has to show to the others: all that has to be equal, and what its steps depend on.
+
+    Attributes:
+        gradients: its rows.
+        tasks: names of the tasks; None until they are known.
+        generator: that random rules draw from.
+        scale: of the losses, by a GradScaler.
+        nonfinite: what becomes of gradients that are not finite.
+        reuse: when there is surgery.
+        given: the rule.
+        source: what computes the rows.
+        per_task: zeros, one for each task.
+        weighs_ahead: whether losses are weighed ahead of the backward pass.
+    """
+
+    gradients: TaskGradients
+    tasks: tuple[str, ...] | None
+    generator: torch.Generator
+    scale: Tensor | None
+    nonfinite: str
+    reuse: Reuse
+
+    @property
+    def given(self) -> object: ...
+
+    @property
+    def source(self) -> object: ...
+
+    @property
+    def per_task(self) -> Tensor: ...
+
+    @property
+    def weighs_ahead(self) -> bool: ...
+
+    def why_not_streaming(self) -> str:
+        """The reason; empty if surgery can happen inside the backward pass."""
+        ...
+
+    def set_tasks(self, tasks: Iterable[str]) -> None:
+        """Makes the tasks' names known."""
+        ...
+
+    def weigh(self, meeting: Meeting) -> None:
+        """Weighs losses ahead of a backward pass."""
+        ...
+
+
 class Ranks:
     """The processes that train one model together: here, this one alone.
 
@@ -72,7 +120,7 @@ class Ranks:
     parts: Sequence[Sequence[int]] | None = None
     order: Sequence[str] = ()
 
-    def join(self, surgery: Surgery) -> None:
+    def join(self, surgery: Member) -> None:
         """Says whose step it is. Called once."""
 
     def meet(

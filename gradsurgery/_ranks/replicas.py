@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,15 +14,12 @@ from .._counts import Counts
 from .._gradients import TaskGradients
 from .._rule import State
 from .agreement import Agreement, digest, leaves
-from .alone import Meeting, Outlook, Ranks
+from .alone import Meeting, Member, Outlook, Ranks
 from .reach import Mask, Reaches, broken, digest_of, mask_of, promised, staying_sparse
 from .rounds import Round
 from .sections import VOLATILE, sections
 from .sparse import Exchange
 from .wire import Wire
-
-if TYPE_CHECKING:
-    from .._surgery import Surgery
 
 PASS, PREPARE, _COMBINE, _REFUSE = range(4)
 _KINDS = ("given", "alike", "mixed", "sum")
@@ -68,7 +65,7 @@ class Replicas(Ranks):
         self._settled = False
         self._reaches = Reaches(self._wire)
 
-    def join(self, surgery: Surgery) -> None:
+    def join(self, surgery: Member) -> None:
         self._surgery = surgery
         compared = sections(surgery, result=self._result, whole=self.divisor == 1)
         self._agreement = Agreement(self._wire, compared, VOLATILE, self._adopt)
@@ -202,7 +199,7 @@ class Replicas(Ranks):
             return False
         mask = self._mask()
         self._notice(mask)
-        able = bool(self._surgery.streaming) and not self._surgery.reuse.rests and not staying_sparse(mask)
+        able = not self._surgery.why_not_streaming() and not self._surgery.reuse.rests and not staying_sparse(mask)
         facts = Facts(_COMBINE, self._kind_bits, digest_of(mask), int(able), self._order_digest)
         table = self._meet(facts)
         while any(theirs.doing != _COMBINE for theirs in table):

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from .agreement import Description, fingerprint
-
-if TYPE_CHECKING:
-    from .._surgery import Surgery
+from .alone import Member
 
 VOLATILE = ("trained parameters",)
 """What may change from step to step."""
 
 
-def sections(surgery: Surgery, *, result: bool, whole: bool) -> dict[str, Callable[[], Description]]:
+def sections(surgery: Member, *, result: bool, whole: bool) -> dict[str, Callable[[], Description]]:
     """Descriptions of all that has to be equal, by name; with parameters' values, if every rank has the whole."""
 
     def tasks() -> Description:

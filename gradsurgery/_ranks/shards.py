@@ -17,7 +17,7 @@ from .._gradients import TaskGradients
 from .._rule import State
 from ..sources._backward import plainly
 from .agreement import digest, leaves
-from .alone import Meeting, Outlook
+from .alone import Meeting, Member, Outlook
 from .buckets import parted
 from .lockstep import Lockstep
 from .reach import digest_of, promised
@@ -25,7 +25,6 @@ from .replicas import PASS, PREPARE, Facts, Replicas, unforeseen
 from .unsharded import Inflow, Whole, adding_up, why_not_whole
 
 if TYPE_CHECKING:
-    from .._surgery import Surgery
     from ..sources._split import Pass
 
 
@@ -71,7 +70,7 @@ class Shards(Replicas):
         self._fsdp = fsdp
         self.why_not_streaming = "parameters are sharded: rows are complete at the end of a backward pass"
 
-    def join(self, surgery: Surgery) -> None:
+    def join(self, surgery: Member) -> None:
         super().join(surgery)
         self._prepare()
 
