@@ -83,7 +83,6 @@ class Summary:
         results = results_of(jobs, self._out)
         recipe = self._scale.four()
         text = tables.table_65(results, self._scale, self._corpus(recipe) if results else None)
-        text = f"{text}\n\n**What each method saw, did and took**\n\n{tables.costs(results, self._scale)}"
         section = Section("Four languages (Table 6.5)", _QUESTIONS["table"], text)
         for direction in tables.DIRECTIONS:
             tasks = tasks_of(recipe.languages, direction)

@@ -116,17 +116,22 @@ def table_65(results: Results, scale: Scale, corpus: Corpus | None) -> str:
             parts.append(f"**{WORDS[direction]}, {name}**\n\n{scores(results, TABLE_65, tasks, score, _digits(name))}")
         if corpus is not None and (found := bootstrap(results, TABLE_65, tasks, corpus)):
             parts.append(f"**{WORDS[direction]}, paired bootstrap against {JOINT}: p-values of BLEU**\n\n{found}")
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, _did(results, scale)])
 
 
 def ablations(results: Results, scale: Scale) -> str:
     """Tables 6.2 to 6.4."""
     tasks = tasks_of(scale.four().languages, "from-en")
-    return "\n\n".join(
+    parts = [
         f"**{title}, {name}**\n\n{scores(results, (JOINT, *rows), tasks, score, _digits(name))}"
         for title, rows in ABLATIONS.items()
         for name, score in SCORES.items()
-    )
+    ]
+    return "\n\n".join([*parts, _did(results, scale)])
+
+
+def _did(results: Results, scale: Scale) -> str:
+    return f"**What each method saw, did and took**\n\n{costs(results, scale)}"
 
 
 def _digits(name: str) -> int:
@@ -137,7 +142,7 @@ def longer(results: Results, scale: Scale) -> str:
     """The rows of Table 6.5 that were trained longer, and what they saw, did and took."""
     tasks, rows = tasks_of(scale.four().languages, "from-en"), (BILINGUAL, *LONGER)
     parts = [f"**{name}**\n\n{scores(results, rows, tasks, score, _digits(name))}" for name, score in SCORES.items()]
-    return "\n\n".join([*parts, costs(results, scale)])
+    return "\n\n".join([*parts, _did(results, scale)])
 
 
 def bootstrap(results: Results, methods: Sequence[str], tasks: Sequence[str], corpus: Corpus, samples: int = 1000) -> str:
