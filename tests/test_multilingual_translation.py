@@ -514,7 +514,7 @@ def test_study_and_page(in_process, tmp_path, cache, capsys, monkeypatch):
     assert tables.NOT_RUN in found  # the table of methods
     assert "python -m examples.multilingual_translation all --quick --steps 2 --source django --seed 0 --seeds 1" in found
     assert f"torch {torch.__version__}" in found
-    assert "6 of 40 runs; seeds 0" in found
+    assert "6 of 44 runs; seeds 0" in found
     assert "Not measured yet" in found  # the cost
 
 
