@@ -75,7 +75,7 @@ class TaskGradients:
     def index(self, tasks: tuple[int, ...]) -> Tensor:
         """Indices of tasks, on the device. They are kept, since to send them there waits for it."""
         if tasks not in self._indices:
-            self._indices[tasks] = torch.tensor(tasks, device=self.device)
+            self._indices[tasks] = torch.tensor(tasks, dtype=torch.int64, device=self.device)
         return self._indices[tasks]
 
     def with_rows(self, rows: list[Rows]) -> TaskGradients:

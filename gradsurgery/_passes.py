@@ -71,6 +71,8 @@ class TaskPass:
 
     def run(self, factors: Tensor, *, retain_graph: bool) -> None:
         """Adds each task's gradients to its rows, times its factor."""
+        if not self.present:  # on this rank
+            return
         roots = [
             Root(k, loss.name, loss.output, seed)
             for k, loss, seed in zip(self.present, self._losses, self.seeds(factors), strict=True)

@@ -90,7 +90,7 @@ class Reuse:
         shared = [p for p in trained if gradients.names[p] in self.shared]
         alone = [p for p in trained if gradients.names[p] not in self.shared]
         for chosen, starts, keep in ((alone, own, bool(shared) or retain_graph), (shared, weighted, retain_graph)):
-            if chosen:
+            if chosen and outputs:
                 parameters = [gradients.parameters[p] for p in chosen]
                 found = torch.autograd.grad(outputs, parameters, starts, retain_graph=keep, allow_unused=True)
                 for p, gradient in zip(chosen, apart(found, starts), strict=True):

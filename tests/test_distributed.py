@@ -227,7 +227,7 @@ def new_adam(parameters):
 # --- Heads, absent tasks, and ranks without any -----------------------------------------------------------------------
 
 
-def heads_run(rank, present, settings, steps=4):
+def heads_run(rank, present, settings, steps=4, apart=True):
     torch.manual_seed(3)
     model = Heads().double()
     opt = gs.SurgeryOptimizer(torch.optim.SGD(model.parameters(), lr=0.05), model=model, tasks=TASKS, **settings)
@@ -235,8 +235,12 @@ def heads_run(rank, present, settings, steps=4):
     for step in range(steps):
         x = torch.randn(8, 4, generator=torch.Generator().manual_seed(10 * step + rank), dtype=torch.float64)
         losses = model.losses(x)
-        for task in present[rank][step % len(present[rank])]:  # one backward pass for each
-            opt.backward({task: losses[task]}, retain_graph=True)
+        there = present[rank][step % len(present[rank])]
+        if apart:
+            for task in there:
+                opt.backward({task: losses[task]}, retain_graph=True)
+        else:
+            opt.backward({task: losses[task] if task in there else None for task in TASKS})
         opt.step()
         grads.append({name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()})
         opt.zero_grad()
@@ -272,11 +276,26 @@ PRESENT = {
 }
 
 
-@pytest.mark.parametrize("what", PRESENT)
-def test_tasks_on_some_ranks(ranks, what):
+@pytest.mark.parametrize("settings", [{"rule": gs.GradVac(), "every": 2}, {"rule": gs.RLW(), "measure": False}])
+def test_steps_without_surgery_and_ranks_without_losses(ranks, settings):
+    present = PRESENT["a rank without any"]
+    expected, _ = heads_alone(present, settings)
+    for grads, _ in ranks(2, heads_run, present, {**settings, "process_group": True}, 4, False):
+        for step_grads, step_expected in zip(grads, expected, strict=True):
+            compare(step_grads.values(), step_expected.values(), 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("what", "source"),
+    [(what, None) for what in PRESENT]
+    + [(what, source) for what in PRESENT for source in ("autograd", "batched") if what != "a step without any"],
+)
+def test_tasks_on_some_ranks(ranks, what, source):
+    """In a backward pass for each; or, with a source, in one where absent tasks are None, on a rank without any too."""
     settings = {"rule": gs.GradVac(beta=0.2), "groups": "layer"}
     expected, last = heads_alone(PRESENT[what], settings)
-    results = ranks(2, heads_run, PRESENT[what], {**settings, "process_group": True, "check_ranks": True})
+    settings = {**settings, "process_group": True, "check_ranks": True, **({} if source is None else {"source": source})}
+    results = ranks(2, heads_run, PRESENT[what], settings, 4, source is None)
     for grads, step in results:
         for step_grads, step_expected in zip(grads, expected, strict=True):
             compare(step_grads.values(), step_expected.values(), 1e-12)
