@@ -410,10 +410,11 @@ def test_similarity_against_performance(corpus):
         recorder = gs.Recorder()
         recorder.record(study.geometry(model, corpus, ("en-fr", f"en-{code}"), count=4), 0)
         runs[f"en-{code}"] = (recorder, float(number))
-    table, correlation = study.against_performance(runs)
+    table, correlation, p = study.against_performance(runs)
     cosines = [float(row.split("|")[3]) for row in table.splitlines()[2:]]
     assert cosines == sorted(cosines, reverse=True)
     assert -1 <= correlation <= 1
+    assert 0 <= p <= 1
     assert np.isnan(study.against_performance({"en-pl": runs["en-pl"]})[1])
 
 

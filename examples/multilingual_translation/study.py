@@ -216,14 +216,15 @@ def by_layer(recordings: Mapping[str, gs.Recorder]) -> str:
     return "\n".join(lines)
 
 
-def against_performance(runs: Mapping[str, tuple[gs.Recorder, float]]) -> tuple[str, float]:
+def against_performance(runs: Mapping[str, tuple[gs.Recorder, float]]) -> tuple[str, float, float]:
     """Figure 6.3 (b): how similar the gradients of two tasks are in the model of the two, and how well the first then does.
 
     Args:
         runs: the second task → the recording of the model, and a score of the first.
 
     Returns:
-        A table in Markdown, the most similar first; and Spearman's rank correlation, nan for fewer than three models.
+        A table in Markdown, the most similar first; Spearman's rank correlation; and its two-sided p-value. Both are nan
+        for fewer than three models.
     """
     rows = [(partner, float(np.nanmean(similarities(recorder))), score) for partner, (recorder, score) in runs.items()]
     rows.sort(key=lambda row: row[1], reverse=True)
@@ -231,4 +232,6 @@ def against_performance(runs: Mapping[str, tuple[gs.Recorder, float]]) -> tuple[
     lines += [f"| {task} | {FAMILY[other(task)]} | {cosine:.3f} | {score:.2f} |" for task, cosine, score in rows]
     both = [row[1] for row in rows], [row[2] for row in rows]
     distinct = len(rows) > 2 and all(len(set(values)) > 1 for values in both)
-    return "\n".join(lines), float(spearmanr(*both).statistic) if distinct else float("nan")
+    found = spearmanr(*both) if distinct else None
+    correlation, p = (float("nan"), float("nan")) if found is None else (float(found.statistic), float(found.pvalue))
+    return "\n".join(lines), correlation, p

@@ -149,8 +149,9 @@ class Summary:
             recorder = study.of_run(job, self._corpus(job.recipe), self._out, count=study.SENTENCES, device=self._device)
             of_seed.setdefault(job.seed, {})[second] = (recorder, result.bleu[first])
         for seed, runs in of_seed.items():
-            table, correlation = study.against_performance(runs)
-            parts.append(f"**Seed {seed}**\n\nRank correlation {correlation:.2f}, over {len(runs)} models.\n\n{table}")
+            table, correlation, p = study.against_performance(runs)
+            said = f"Rank correlation {correlation:.2f} (p = {p:.2f}), over {len(runs)} models."
+            parts.append(f"**Seed {seed}**\n\n{said}\n\n{table}")
         section.text = "\n\n".join(parts) or tables.NOT_RUN
         return section
 
