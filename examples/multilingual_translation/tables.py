@@ -58,7 +58,7 @@ SCORES: dict[str, Score] = {
 def scores(results: Results, methods: Sequence[str], tasks: Sequence[str], score: Score, digits: int = 2) -> str:
     """A row for each method: each task, the average, and its difference to plain joint training, seed by seed."""
     lines = [
-        f"| | {' | '.join(tasks)} | average | difference to {JOINT} | seeds |",
+        f"| | {' | '.join(tasks)} | average | vs. {JOINT} | seeds |",
         "|---|" + "--:|" * (len(tasks) + 3),
     ]
     best = _best(results, methods, tasks, score, digits)
