@@ -363,7 +363,13 @@ class SurgeryOptimizer(torch.optim.Optimizer):
 
     @left_out
     def joint_loss(
-        self, losses: Losses, *, scaler: torch.amp.GradScaler | None = None, combine: bool = False
+        self,
+        losses: Losses,
+        *,
+        scaler: torch.amp.GradScaler | None = None,
+        combine: bool = False,
+        samples: Mapping[str, float] | None = None,
+        features: FeatureSpec | None = None,
     ) -> torch.Tensor:
         """One loss for all tasks, for a loop that calls ``loss.backward()`` itself: it does what :meth:`backward` does.
 
@@ -375,6 +381,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             scaler: the ``GradScaler`` that will scale the loss, if any: rules see the gradients without its scale.
             combine: whether the backward pass ends with :meth:`combine`, for a loop that leaves no place for it. No more
                 gradients may then come before the step.
+            samples, features: as for :meth:`backward`.
 
         Returns:
             The sum of the tasks' losses, without their graphs.
@@ -392,7 +399,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             >>> (loss / 4).backward()
             >>> opt.step()
         """
-        return self._surgery.joint_loss(losses, scaler, combine)
+        return self._surgery.joint_loss(losses, scaler, combine, samples, features)
 
     @left_out
     def combine(self) -> None:

@@ -183,10 +183,19 @@ class Surgery:
         why = self.why_not_streaming()
         return Streaming(not why, why)
 
-    def joint_loss(self, losses: Losses, scaler: torch.amp.GradScaler | None, combine: bool) -> Tensor:
+    def joint_loss(
+        self,
+        losses: Losses,
+        scaler: torch.amp.GradScaler | None,
+        combine: bool,
+        samples: Mapping[str, float] | None = None,
+        features: FeatureSpec | None = None,
+    ) -> Tensor:
         """As :meth:`SurgeryOptimizer.joint_loss`."""
         self.settle()
         batch, self.split = self.split, None
+        if features is not None:
+            self._read_features(features, batch)
         if batch is not None:
             checked = batch.check(losses)
             value = batch.values(checked, self.per_task).sum().to(checked.dtype)
@@ -196,7 +205,7 @@ class Surgery:
             value = value.float()  # whose gradient may be a scaler's scale, too large for half precision
 
         def run(seed: Tensor) -> None:
-            self._add(losses, batch, scaler, seed=seed)
+            self._add(losses, batch, scaler, seed=seed, samples=samples, features=features)
             if combine:
                 self.combine()
                 self._done = "combined by the joint loss"

@@ -189,6 +189,16 @@ def test_a_scheduler():
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
 
 
+def test_surgery_at_features():
+    accelerator = Accelerator(cpu=True)
+    trunk, heads = torch.nn.Linear(4, 3), torch.nn.ModuleDict({task: torch.nn.Linear(3, 1) for task in "ab"})
+    surgery = wrap(torch.nn.ModuleList([trunk, heads]), gs.MGDA())
+    z = trunk(torch.ones(2, 4)).tanh()
+    losses = {task: head(z).square().mean() for task, head in heads.items()}
+    accelerator.backward(joint_loss(accelerator, surgery, losses, samples={"a": 2, "b": 2}, features=z))
+    assert surgery.last.groups == ("features",)
+
+
 def test_a_second_joint_loss_of_a_step():
     accelerator = Accelerator(cpu=True)
     surgery, model, *_ = prepared(accelerator, Bent())

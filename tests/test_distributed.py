@@ -97,7 +97,13 @@ def step_tasks(model, opt, part):
     opt.backward(losses, samples=counts)
 
 
+def step_joint(model, opt, part):
+    losses, counts = task_losses(model, part)
+    opt.joint_loss(losses, samples=counts).backward()
+
+
 SOURCES = {"mixed": step_mixed, "tasks": step_tasks}
+WAYS = {**SOURCES, "joint": step_joint}
 
 
 def gradients(model):
@@ -123,7 +129,7 @@ def run(rank, sizes, dtype, source, settings, steps=STEPS, accumulate=1):
     same = []
     for step in range(steps):
         for micro in range(accumulate):
-            SOURCES[source](model, opt, samples(step * accumulate + micro, sizes, dtype)[rank])
+            WAYS[source](model, opt, samples(step * accumulate + micro, sizes, dtype)[rank])
         opt.combine()
         same.append(gradients(model))
         opt.step()
@@ -137,7 +143,7 @@ def alone(sizes, dtype, source, settings, steps=STEPS, accumulate=1):
     model, opt = new(Mixed, dtype, **settings)
     for step in range(steps):
         for micro in range(accumulate):
-            SOURCES[source](model, opt, joined(samples(step * accumulate + micro, sizes, dtype)))
+            WAYS[source](model, opt, joined(samples(step * accumulate + micro, sizes, dtype)))
         opt.step()
         opt.zero_grad()
     return [p.detach() for p in model.parameters()], None, opt.last.losses, opt.rule_state
@@ -172,6 +178,10 @@ def test_ranks_do_as_one_process_on_all_samples(ranks, rule, source, count, dtyp
 def test_a_distributed_data_parallel_model_is_all_that_it_takes(ranks):
     check_run(ranks, 2, torch.float32, "tasks", rule=gs.GradVac(beta=0.1), wrap=ddp, check_ranks=True)
     check_run(ranks, 2, torch.float64, "mixed", rule=gs.PCGrad(), wrap=ddp, check_ranks=True)
+
+
+def test_a_joint_loss_counts_samples(ranks):
+    check_run(ranks, 2, torch.float64, "joint", rule=gs.GradVac(beta=0.1), process_group=True, check_ranks=True)
 
 
 def accumulate(rank, quietly):

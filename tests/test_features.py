@@ -319,6 +319,40 @@ def test_passes_add_up(rule):
     assert opt.last.groups == ("features",)
 
 
+@pytest.mark.parametrize("rule", [gs.MGDA(), gs.PCGrad(), gs.GradVac(beta=0.5)], ids=repr)
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("ends", ["combine()", "combine=True"])
+def test_joint_losses_of_several_passes(rule, scaled, ends):
+    model = Forked()
+    z = [model.trunk(batch(number)) for number in range(2)]
+    parts = [model.losses(one) for one in z]
+    expected, gram = naive(model, {task: (parts[0][task] + parts[1][task]) / 2 for task in "abc"}, z, rule)
+    opt = wrap(model, rule)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**9, enabled=scaled)
+    for number in range(2):
+        z = model.trunk(batch(number))
+        last = number == 1 and ends == "combine=True"
+        loss = opt.joint_loss(model.losses(z), features=z, scaler=scaler, combine=last) / 2
+        if number == 0:
+            opt.zero_grad()  # as loops do between forward and backward pass
+        scaler.scale(loss).backward()
+    if ends == "combine()":
+        opt.combine()
+    if scaled:
+        scaler.unscale_(opt)
+    check(model, expected)
+    torch.testing.assert_close(opt.last.gram[0], gram)
+    assert opt.last.groups == ("features",)
+
+
+def test_a_joint_loss_looks_at_features_at_once():
+    model = Forked()
+    z = model.trunk(batch())
+    opt = wrap(model, gs.MGDA(), groups="layer")
+    with pytest.raises(ValueError, match="`features` needs one surgery group"):
+        opt.joint_loss(model.losses(z), features=z)
+
+
 def test_tasks_with_a_pass_of_their_own():
     model = Forked()
     z = {task: model.trunk(batch(k)) for k, task in enumerate("abc")}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
+from .._features import FeatureSpec
 from .._losses import Losses
 from ._common import missing, not_together, surgery_in
 
@@ -20,7 +22,14 @@ __all__ = ["joint_loss"]
 _PARALLEL = tuple(kind for kind in DistributedType if kind.value in ("MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU"))
 
 
-def joint_loss(accelerator: Accelerator, optimizer: Any, losses: Losses) -> Tensor:
+def joint_loss(
+    accelerator: Accelerator,
+    optimizer: Any,
+    losses: Losses,
+    *,
+    samples: Mapping[str, float] | None = None,
+    features: FeatureSpec | None = None,
+) -> Tensor:
     """One loss for all tasks, to be passed to ``accelerator.backward``, which scales it as it scales every loss.
 
     In the last pass of a step (when ``accelerator.sync_gradients``), the gradients are combined at the end of the backward
@@ -31,6 +40,7 @@ def joint_loss(accelerator: Accelerator, optimizer: Any, losses: Losses) -> Tens
         optimizer: a :class:`gradsurgery.SurgeryOptimizer`, before or after ``accelerator.prepare``.
         losses: one for each task; or, after ``with optimizer.split(task_ids)``, one for each sample. See
             :meth:`gradsurgery.SurgeryOptimizer.joint_loss`.
+        samples, features: as for :meth:`gradsurgery.SurgeryOptimizer.backward`.
 
     Raises:
         NotImplementedError: if the accelerator trains with DeepSpeed, FSDP or Megatron-LM.
@@ -50,4 +60,6 @@ def joint_loss(accelerator: Accelerator, optimizer: Any, losses: Losses) -> Tens
         )
     if kind not in (*_PARALLEL, DistributedType.NO):
         raise not_together("Accelerate", f"distributed_type {kind.value}")
-    return surgery.joint_loss(losses, scaler=accelerator.scaler, combine=accelerator.sync_gradients)
+    return surgery.joint_loss(
+        losses, scaler=accelerator.scaler, combine=accelerator.sync_gradients, samples=samples, features=features
+    )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
+from .._features import FeatureSpec
 from .._losses import Losses
 from .._optimizer import SurgeryOptimizer
 from ._common import missing, surgery_in, train_together
@@ -42,11 +43,14 @@ class SurgeryModule(LightningModule):
         """The optimizer that ``configure_optimizers`` returned."""
         return surgery_in(self.optimizers(use_pl_optimizer=False))
 
-    def joint_loss(self, losses: Losses) -> Tensor:
+    def joint_loss(
+        self, losses: Losses, *, samples: Mapping[str, float] | None = None, features: FeatureSpec | None = None
+    ) -> Tensor:
         """The loss to return from ``training_step``: see :meth:`gradsurgery.SurgeryOptimizer.joint_loss`.
 
         Args:
             losses: one for each task; or, after ``with self.surgery.split(task_ids)``, one for each sample.
+            samples, features: as for :meth:`gradsurgery.SurgeryOptimizer.backward`.
 
         Raises:
             NotImplementedError: under a strategy for several devices or processes other than DDP.
@@ -60,7 +64,8 @@ class SurgeryModule(LightningModule):
         train_together("Lightning", found, strategy.model, lambda: self.surgery)
         if not self.automatic_optimization:
             raise RuntimeError("joint_loss() is for automatic optimization. In manual, call self.surgery.backward(losses).")
-        return self.surgery.joint_loss(losses, scaler=getattr(self.trainer.precision_plugin, "scaler", None))
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return self.surgery.joint_loss(losses, scaler=scaler, samples=samples, features=features)
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
