@@ -289,7 +289,8 @@ class Surgery:
         if self._rested:
             own, shared = (found.seeds(factors * weights) for weights in (self.reuse.own, self.reuse.weights))
             self.reuse.gradients(found.outputs, own, shared, self.gradients, retain_graph, self._add_rested)
-        elif streams and isinstance(found, BatchPass):
+        elif streams:
+            assert isinstance(found, BatchPass)  # the only one with an outlook
             combination = self._combination(self.gradients, undoable=True)
             self._combine_in(*found.stream(combination, factors, retain_graph=retain_graph), combination)
             self._done = "streamed"
@@ -415,7 +416,7 @@ class Surgery:
                 gradients.accumulate(p, whole)
         assert self.tasks is not None
         self.state, last = self.reuse.finish(self.gradients, self.tasks, self.state)
-        self.last = last or self.last
+        self.last = self.last if last is None else last
         self.forget()
         self.ranks.check(self.state)
 

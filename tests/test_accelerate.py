@@ -195,6 +195,8 @@ def test_surgery_at_features():
     surgery = wrap(torch.nn.ModuleList([trunk, heads]), gs.MGDA())
     z = trunk(torch.ones(2, 4)).tanh()
     losses = {task: head(z).square().mean() for task, head in heads.items()}
+    with pytest.raises(ValueError, match="`samples` names 'z'"):
+        accelerator.backward(joint_loss(accelerator, surgery, losses, samples={"z": 2}, features=z))
     accelerator.backward(joint_loss(accelerator, surgery, losses, samples={"a": 2, "b": 2}, features=z))
     assert surgery.last.groups == ("features",)
 

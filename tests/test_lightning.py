@@ -54,15 +54,21 @@ def fit(model, path, *, max_epochs=1, ckpt_path=None, **settings):
 
 
 class AtFeatures(Model):
+    samples = None
+
     def training_step(self, x, index):
         z = self.model[0](x).tanh()
-        return self.joint_loss({"a": self.model[1](z).mean(), "b": self.model[2](z).square().mean()}, features=z)
+        losses = {"a": self.model[1](z).mean(), "b": self.model[2](z).square().mean()}
+        return self.joint_loss(losses, samples=self.samples, features=z)
 
 
 def test_surgery_at_features(tmp_path):
     model = AtFeatures(torch.nn.ModuleList([torch.nn.Linear(4, 3), torch.nn.Linear(3, 1), torch.nn.Linear(3, 1)]))
     fit(model, tmp_path, accumulate_grad_batches=2)
     assert model.surgery.last.groups == ("features",)
+    model.samples = {"z": 2}
+    with pytest.raises(ValueError, match="`samples` names 'z'"):
+        fit(model, tmp_path)
 
 
 def plain_loop(model, *, accumulate=1, clip=None, scaler=None, dtype=None, epochs=1):

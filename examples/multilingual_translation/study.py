@@ -232,6 +232,5 @@ def against_performance(runs: Mapping[str, tuple[gs.Recorder, float]]) -> tuple[
     lines += [f"| {task} | {FAMILY[other(task)]} | {cosine:.3f} | {score:.2f} |" for task, cosine, score in rows]
     both = [row[1] for row in rows], [row[2] for row in rows]
     distinct = len(rows) > 2 and all(len(set(values)) > 1 for values in both)
-    found = spearmanr(*both) if distinct else None
-    correlation, p = (float("nan"), float("nan")) if found is None else (float(found.statistic), float(found.pvalue))
+    correlation, p = map(float, spearmanr(*both)) if distinct else (float("nan"), float("nan"))
     return "\n".join(lines), correlation, p
